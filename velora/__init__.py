@@ -1,0 +1,39 @@
+"""VeLoRA: memory-efficient training with rank-1 sub-token projections (arXiv 2405.17991).
+
+`import velora` is light; the names below import torch when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from velora.apply import apply_velora, calibrate, remove_velora, update_directions
+    from velora.nn.linear import VeloraLinear
+    from velora.nn.scale_shift import VeloraScaleShift
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "apply_velora": "velora.apply",
+    "calibrate": "velora.apply",
+    "remove_velora": "velora.apply",
+    "update_directions": "velora.apply",
+    "VeloraLinear": "velora.nn.linear",
+    "VeloraScaleShift": "velora.nn.scale_shift",
+}
+
+__all__ = [
+    "VeloraLinear",
+    "VeloraScaleShift",
+    "__version__",
+    "apply_velora",
+    "calibrate",
+    "remove_velora",
+    "update_directions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'velora' has no attribute {name!r}")

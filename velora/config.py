@@ -1,0 +1,213 @@
+"""The composed configuration: its fixed keys, and the check that everything in it is known, well-typed and makes sense.
+
+Hydra composes YAML; it refuses unknown keys on the command line but not inside files. Here every key is checked against
+the class of its group (`velora/group.py`), all problems are collected, and one ConfigError names them all. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+from velora.errors import ConfigError
+from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, part_class
+
+T = TypeVar("T", bound=BaseModel)
+
+GROUPS: dict[str, type[Part]] = {
+    "weights": Weights,
+    "adapter": Adapter,
+    "optimizer": Optimizer,
+    "activations": Activations,
+    "model": Model,
+    "task": Task,
+}
+Interval = PositiveInt | PositiveFloat | Literal["epoch", "end"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodConfig(Section):
+    """A named point on the four axes; the axes themselves are the groups."""
+
+    name: str
+
+
+class DataConfig(Section):
+    root: Path | None = None
+
+
+class WandbConfig(Section):
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "velora"
+    entity: str | None = None
+    tags: list[str] = []
+
+
+class ExperimentConfig(Section):
+    """Which printed figure a run reproduces; `paper` holds the figures as printed (shared names with result.json)."""
+
+    name: str
+    table: str | None = None
+    row: str | None = None
+    column: str | None = None
+    paper: dict[str, float] = {}
+    note: str | None = None
+
+
+class TrainerConfig(Section):
+    """The settings of the training loop. Exactly one of `num_epochs` and `max_steps` decides where it ends.
+
+    With both given, `max_steps` wins (it is how a published recipe is cut short); intervals are a number of steps (int),
+    a fraction of the run (float below 1), "epoch" or "end".
+    """
+
+    num_epochs: PositiveFloat | None
+    max_steps: PositiveInt | None
+    batch_size: PositiveInt
+    eval_batch_size: PositiveInt
+    gradient_accumulation_steps: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup_steps: NonNegativeInt
+    warmup_ratio: float = Field(ge=0, lt=1)
+    schedule: Literal["linear", "cosine", "constant"]
+    min_lr_ratio: float = Field(ge=0, le=1)
+    max_grad_norm: NonNegativeFloat | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    eval_every: Interval
+    save_every: Interval
+    log_every: PositiveInt
+    num_workers: NonNegativeInt
+    compile: bool
+    save_model: bool
+    device: Literal["auto", "cpu", "cuda"]
+    measure_memory: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, validated. `raw` is the plain composed dictionary, as it goes into the record."""
+
+    name: str
+    seed: int
+    runs_dir: Path
+    resume: Literal["auto", "never", "required"]
+    overwrite: bool
+    method: MethodConfig
+    experiment: ExperimentConfig | None
+    data: DataConfig
+    wandb: WandbConfig
+    trainer: TrainerConfig
+    weights: Weights
+    adapter: Adapter
+    optimizer: Optimizer
+    activations: Activations
+    model: Model
+    task: Task
+    raw: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where this run lives. Name and seed are its identity; there is no timestamp in it."""
+        return self.runs_dir / self.name / f"seed{self.seed}"
+
+
+class _Run(Section):
+    name: str = Field(min_length=1, pattern=r"^[^\s/\\][^\n\\]*$")
+    seed: NonNegativeInt
+    runs_dir: Path
+    resume: Literal["auto", "never", "required"]
+    overwrite: bool
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "method": MethodConfig,
+    "experiment": ExperimentConfig,
+    "data": DataConfig,
+    "wandb": WandbConfig,
+    "trainer": TrainerConfig,
+}
+
+
+def validate(raw: dict[str, Any]) -> Config:
+    """Turn the composed dictionary into a Config; ConfigError lists everything that is wrong with it, one sentence each."""
+    problems: list[str] = []
+
+    def read(fill: Callable[[], Any]) -> Any:
+        try:
+            return fill()
+        except ConfigError as error:
+            problems.append(str(error))
+            return None
+
+    known = {*_SECTIONS, *GROUPS, *_Run.model_fields}
+    problems += [_unknown(key, sorted(known)) for key in raw if key not in known]
+    run = read(lambda: _parse(_Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
+    sections = {
+        key: None if key == "experiment" and raw.get(key) is None else read(lambda k=key, c=cls: _parse(c, raw.get(k), k))
+        for key, cls in _SECTIONS.items()
+    }
+    parts = {group: read(lambda g=group, b=base: _parse_part(g, raw.get(g), b)) for group, base in GROUPS.items()}
+    if problems:
+        raise ConfigError(_listing(problems))
+    assert run is not None
+    config = Config(**dict(run), **sections, **parts, raw=raw)  # type: ignore[arg-type]
+    problems += [sentence for sentence in _cross_checks(config)]
+    if problems:
+        raise ConfigError(_listing(problems))
+    return config
+
+
+def _cross_checks(config: Config) -> Iterator[str]:
+    if config.trainer.num_epochs is None and config.trainer.max_steps is None:
+        yield "trainer.num_epochs=null and trainer.max_steps=null: give one of them, it is where the run ends"
+    root = config.data.root
+    if root is not None and not root.is_dir():
+        yield f"data.root={root} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
+    for group in GROUPS:
+        yield from getattr(config, group).problems(config)
+
+
+def _parse_part(group: str, value: Any, base: type[Part]) -> Part:
+    if not isinstance(value, dict) or "kind" not in value:
+        raise ConfigError(f"{group} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)")
+    return _parse(part_class(group, value["kind"], base), value, group)
+
+
+def _parse(cls: type[T], value: Any, prefix: str) -> T:
+    """Read one section; each pydantic error becomes a sentence that names the full key and the value."""
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        sentences = []
+        for item in error.errors(include_url=False):
+            key = ".".join(str(p) for p in (prefix, *item["loc"]) if p != "")
+            if item["type"] == "extra_forbidden":
+                sentences.append(_unknown(key, sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)))
+            elif item["type"] == "missing":
+                sentences.append(f"{key} is missing")
+            elif item["type"] == "value_error":
+                sentences.append(str(item["ctx"]["error"]))
+            else:
+                sentences.append(f"{key}={item['input']} is not valid: {item['msg'][0].lower()}{item['msg'][1:]}")
+        raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
+    return f"{key} is not a key; {hint}"
+
+
+def _listing(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))

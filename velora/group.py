@@ -1,0 +1,191 @@
+"""What a value of a config group is.
+
+A run is composed from the groups `weights`, `adapter`, `optimizer`, `activations`, `model` and `task`. A value stands in two
+files: `conf/<group>/<value>.yaml` gives its settings, and `velora/<group>/<kind>.py`, named by the key `kind` in it, holds
+one class: the keys that it takes, what can be wrong with them, and what it does. Several YAML files may share a kind
+(`llama_60m` and `llama_7b` are both `kind: llama`). A kind with a dot is an import path, so other people's values need no
+change here: `kind: my_package.my_adapter`.
+
+These files import no torch at their top: a configuration is composed, checked and refused in under a second, and
+everything heavy is imported inside the methods. The torch code itself is in `velora/nn` and `velora/optim`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from velora.config import Config
+
+Modality = Literal["causal_lm", "sequence_classification", "image_classification"]
+
+
+class Part(BaseModel):
+    """One value of one config group. Unknown keys are refused; values do not change after they were read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    kind: str
+
+    def problems(self, config: Config) -> Iterator[str]:
+        """Sentences about what is wrong with this value in this run, as far as the configuration alone can tell."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a network must end in to serve a task; known from the configuration, without reading data."""
+
+    modality: Modality
+    num_labels: int | None = None  # None for a language model
+    regression: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One training and its evaluations. `validation` maps a split name ("" for the only one) to its data set.
+
+    With `stop_at_best_of` the phase runs the same schedule, but ends after the epoch that was the best of that earlier
+    phase (VTAB-1k: select on the validation images, then train on all).
+    """
+
+    name: str
+    train: Any
+    validation: dict[str, Any]
+    stop_at_best_of: str | None = None
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Everything the training loop needs of a task.
+
+    `collate` turns a list of examples into the keyword arguments of the model. `reduce_logits(logits, labels)`, if given,
+    shrinks what an evaluation step keeps (per-sequence sums in place of N x vocabulary logits). `metrics(predictions,
+    labels)` gets NumPy arrays of all examples and returns named scores. `best_metric` names the score that selects an epoch.
+    """
+
+    phases: list[Phase]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    metrics: Callable[[Any, Any], dict[str, float]]
+    best_metric: str
+    greater_is_better: bool
+    unit: Literal["tokens", "images"]
+    reduce_logits: Callable[[Any, Any], Any] | None = None
+    about: dict[str, Any] = field(default_factory=dict)  # sources, split sizes, protocol: goes into the record
+
+
+class Weights(Part):
+    """How the weights that do not train are kept."""
+
+    def load_options(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained` / `from_config`."""
+        return {}
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        """Bring a built network to this form."""
+        return model
+
+
+class Adapter(Part):
+    """Which parameters train: sets `requires_grad` and may insert modules."""
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        raise NotImplementedError
+
+
+class Optimizer(Part):
+    """What the optimiser keeps per parameter."""
+
+    def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        """An optimiser over the trainable parameters; learning rate and weight decay stand in `config.trainer`."""
+        raise NotImplementedError
+
+
+class Activations(Part):
+    """What autograd keeps for the backward pass."""
+
+    def apply(self, model: nn.Module, config: Config) -> str | None:
+        """Change the network in place; returns a text for the user (what was changed), or None."""
+        return None
+
+    def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
+        """Called once, with the first training batch, before the first step of a fresh (not resumed) run."""
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after each optimiser step."""
+
+
+class Model(Part):
+    """A network, its preprocessing and its roles."""
+
+    name: str
+    path: str | None = None
+    pretrained: bool = False
+    roles: dict[str, list[str]] | None = None  # None: from the table in velora/roles.py
+
+    def modalities(self) -> tuple[Modality, ...]:
+        """The kinds of head that the network can be built with."""
+        raise NotImplementedError
+
+    def preprocessor(self, config: Config) -> Any:
+        """The tokenizer (text) or the image transforms (vision) that belong to the network."""
+        raise NotImplementedError
+
+    def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
+        """The network on the CPU; its forward takes the collated batch and returns `loss` and `logits`."""
+        raise NotImplementedError
+
+
+class Task(Part):
+    """Data, loss and scores."""
+
+    name: str
+
+    def head(self, config: Config) -> Head:
+        raise NotImplementedError
+
+    def problems(self, config: Config) -> Iterator[str]:
+        head, model = self.head(config), config.model
+        if head.modality not in model.modalities():
+            yield (
+                f"task={self.name} needs a model for {head.modality}, and model={model.name} serves "
+                f"{', '.join(model.modalities())}; choose another model or task"
+            )
+
+    def load(self, preprocessor: Any, config: Config) -> TaskData:
+        """Read and prepare the data; raises ConfigError where it is missing or malformed."""
+        raise NotImplementedError
+
+    def batch_shapes(self, batch_size: int, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype name of each tensor of one training batch at full length: all that an estimate needs."""
+        raise NotImplementedError
+
+
+def part_class(group: str, kind: str, base: type[Part]) -> type[Part]:
+    """The class behind `kind` of `group`; ConfigError names the known kinds if there is none."""
+    path = kind if "." in kind else f"velora.{group}.{kind}"
+    if importlib.util.find_spec(path.rpartition(".")[0]) is None or importlib.util.find_spec(path) is None:
+        package = Path(__file__).parent / group
+        known = sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.name.startswith("_"))
+        raise ConfigError(f"{group}.kind={kind} is not known; it is one of {', '.join(known)}, or a module's import path")
+    module = importlib.import_module(path)
+    classes = [
+        c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base) and c.__module__ == path
+    ]
+    if len(classes) != 1:
+        raise ConfigError(f"{group}.kind={kind}: {path} must define exactly one {base.__name__}, it defines {len(classes)}")
+    return classes[0]

@@ -1,0 +1,1 @@
+"""One file per value of the config group `model`; see `velora/group.py`."""

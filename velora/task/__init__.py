@@ -1,0 +1,1 @@
+"""One file per value of the config group `task`; see `velora/group.py`."""
