@@ -6,23 +6,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Weights
+from velora.weights._cast import FloatName, cast_parameters, torch_dtype
 
 if TYPE_CHECKING:
     from torch import nn
 
     from velora.config import Config
 
-_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
 
 class Dense(Weights):
-    """All weights in `dtype`. Weights that train are kept in it too: no float32 master copy is made.
-
-    Only parameters change. Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA).
-    """
+    """All weights in `dtype`. Weights that train are kept in it too: no float32 master copy is made."""
 
     kind: Literal["dense"]
-    dtype: Literal["fp32", "bf16", "fp16"]
+    dtype: FloatName
 
     def problems(self, config: Config) -> Iterator[str]:
         if self.dtype == config.trainer.precision == "fp16" and getattr(config.adapter, "trains_base_weights", False):
@@ -32,13 +28,8 @@ class Dense(Weights):
             )
 
     def load_options(self) -> dict[str, Any]:
-        import torch
-
-        return {"dtype": getattr(torch, _TORCH_NAMES[self.dtype])}
+        return {"dtype": torch_dtype(self.dtype)}
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
-        dtype = self.load_options()["dtype"]
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
+        cast_parameters(model, torch_dtype(self.dtype))
         return model

@@ -1,0 +1,94 @@
+"""Frozen linear layers in four bits, and back.
+
+bitsandbytes keeps a weight (M x D) as M*D/2 bytes of codes plus one scale for each block of 64 weights; with double
+quantisation the scales are themselves 8-bit codes (QLoRA, arXiv 2305.14314, section 3). The forward dequantises the
+weight into the compute dtype and multiplies; the input of a frozen layer is not kept for backward, only the codes are.
+
+Shapes: D input features, M output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import nn
+
+from velora.errors import ConfigError
+
+
+def _bitsandbytes():  # type: ignore[no-untyped-def]
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            f"weights=nf4 needs the package bitsandbytes ({error}); pip install bitsandbytes, or choose weights=dense"
+        ) from None
+    return bitsandbytes
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a module keeps its weight in four bits."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None
+
+
+def quantise_linear(
+    linear: nn.Linear, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype
+) -> nn.Linear:
+    """A bitsandbytes Linear4bit with the same weight, on the device where the weight was; the bias is shared.
+
+    A CUDA device, where there is one, does the work, since quantising seven billion weights takes minutes on a CPU.
+
+    Errors: ConfigError where bitsandbytes is missing.
+    """
+    bnb = _bitsandbytes()
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype,
+        compress_statistics=double_quant, quant_type=quant_type, device="meta",
+    )  # fmt: skip
+    weight = bnb.nn.Params4bit(
+        linear.weight.detach(),  # (M, D)
+        requires_grad=False, compress_statistics=double_quant, quant_type=quant_type, module=layer,
+    )  # fmt: skip
+    worker = torch.device("cuda") if torch.cuda.is_available() else linear.weight.device
+    layer.weight = weight.to(worker).to(linear.weight.device)
+    layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+    # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward pass, and the next
+    # training step would silently lose its gradients.
+    layer.support_avx512bf16_for_cpu = False
+    layer.train(linear.training)
+    return layer
+
+
+def dense_linear(layer: nn.Module) -> nn.Linear:
+    """A plain nn.Linear with the dequantised weight (in the layer's compute dtype); shares the bias."""
+    bnb = _bitsandbytes()
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)  # (M, D)
+    linear.bias = (
+        None if layer.bias is None else nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    )
+    return linear.train(layer.training)
+
+
+def quantise_model(
+    model: nn.Module, *, keep: Collection[str], quant_type: str, double_quant: bool, compute_dtype: torch.dtype
+) -> int:
+    """Replace every nn.Linear, in place, but those below a module named in `keep`; returns how many were replaced.
+
+    Layer by layer, so that beside the model itself only one layer is in memory twice.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not any(name == k or name.startswith(k + ".") for k in keep)
+    ]
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        holder = model.get_submodule(parent)
+        layer = quantise_linear(
+            getattr(holder, child), quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+        )
+        setattr(holder, child, layer)
+    return len(names)
