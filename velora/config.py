@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
 
 from velora.errors import ConfigError
 from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, part_class
@@ -152,7 +161,9 @@ def validate(raw: dict[str, Any]) -> Config:
     problems += [_unknown(key, sorted(known)) for key in raw if key not in known]
     run = read(lambda: _parse(_Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
     sections = {
-        key: None if key == "experiment" and raw.get(key) is None else read(lambda k=key, c=cls: _parse(c, raw.get(k), k))
+        key: None
+        if key == "experiment" and raw.get(key) is None
+        else read(lambda k=key, c=cls: _parse(c, raw.get(k), k))
         for key, cls in _SECTIONS.items()
     }
     parts = {group: read(lambda g=group, b=base: _parse_part(g, raw.get(g), b)) for group, base in GROUPS.items()}
@@ -160,7 +171,7 @@ def validate(raw: dict[str, Any]) -> Config:
         raise ConfigError(_listing(problems))
     assert run is not None
     config = Config(**dict(run), **sections, **parts, raw=raw)  # type: ignore[arg-type]
-    problems += [sentence for sentence in _cross_checks(config)]
+    problems += _cross_checks(config)
     if problems:
         raise ConfigError(_listing(problems))
     return config

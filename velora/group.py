@@ -106,6 +106,16 @@ class Adapter(Part):
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         raise NotImplementedError
 
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write what was trained: the whole network, in the format of the library it comes from (safetensors)."""
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+        else:
+            from safetensors.torch import save_model
+
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(folder / "model.safetensors"))
+
 
 class Optimizer(Part):
     """What the optimiser keeps per parameter."""

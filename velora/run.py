@@ -1,0 +1,134 @@
+"""One run, end to end: data -> network -> weights -> adapter -> activations -> calibrate -> train -> evaluate -> record."""
+
+from __future__ import annotations
+
+import os
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from velora.config import Config
+from velora.errors import ConfigError, Diverged, Interrupted, RunError
+from velora.group import Phase, TaskData
+from velora.record import Run
+from velora.signals import terminate_as_interrupt
+
+
+@dataclass
+class Measured:
+    """What a run has found out so far; whatever stands here when it ends, well or badly, goes into the record."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    speed: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None
+
+
+def execute(config: Config, run: Run) -> dict[str, Any]:
+    """Train, evaluate and record; returns the record. Every failure is recorded before it is raised again."""
+    _quiet(config, run)
+    import torch
+
+    measured = Measured()
+    run.start()
+    try:
+        with terminate_as_interrupt():
+            _execute(config, run, measured)
+    except ConfigError as error:
+        _fail(run, measured, "failed", str(error))
+        raise
+    except Diverged as error:
+        _fail(run, measured, "diverged", str(error))
+        raise
+    except torch.OutOfMemoryError as error:
+        sentence = str(error).splitlines()[0]
+        _fail(run, measured, "out_of_memory", sentence)
+        raise RunError(f"out of memory: {sentence}; lower trainer.batch_size or see velora-memory") from None
+    except (KeyboardInterrupt, Interrupted) as error:
+        sentence = str(error) or "stopped"
+        _fail(run, measured, "failed", sentence)
+        raise Interrupted(f"{sentence}; the same command continues it") from None
+    except Exception as error:
+        _fail(run, measured, "failed", f"{type(error).__name__}: {error}")
+        (run.folder / "traceback.txt").write_text(traceback.format_exc())
+        if os.environ.get("VELORA_TRACEBACK"):
+            raise
+        raise RunError(
+            f"{type(error).__name__}: {error} (the traceback is in {run.folder / 'traceback.txt'})"
+        ) from None
+    record = run.finish("ok", None, vars(measured))
+    if run.writes:
+        _print_summary(record, run)
+    return record
+
+
+def _execute(config: Config, run: Run, measured: Measured) -> None:
+    preprocessor = config.model.preprocessor(config)
+    data = config.task.load(preprocessor, config)
+    measured.data = data.about
+    best_epochs: dict[str, float] = {}
+    for index, phase in enumerate(data.phases):
+        final = index == len(data.phases) - 1
+        outcome = _train_phase(config, run, measured, data, phase, preprocessor, best_epochs, final)
+        if outcome is not None:
+            best_epochs[phase.name] = outcome
+
+
+def _train_phase(
+    config: Config, run: Run, measured: Measured, data: TaskData, phase: Phase, preprocessor: Any,
+    best_epochs: dict[str, float], final: bool,
+) -> float | None:  # fmt: skip
+    """Train one phase from the start (or from its checkpoint); returns the epoch of its best score."""
+    from velora.build import build_network, parameter_counts
+    from velora.train import Loop
+
+    network, changes = build_network(config, config.task.head(config), preprocessor)
+    measured.parameters = parameter_counts(network)
+    if run.writes and changes:
+        print(changes)
+    loop = Loop(config, run, data, phase, network, stop_after_epoch=best_epochs.get(phase.stop_at_best_of or ""))
+    measured.device = loop.device_name
+    try:
+        loop.train()
+    finally:
+        measured.memory.update(loop.memory)
+        measured.speed.update(loop.speed)
+    scores = {**loop.final_scores, "best": loop.best_scores}
+    if final:
+        measured.metrics.update(scores)
+        if config.trainer.save_model and run.writes:
+            loop.save(run.folder / "model")
+    else:
+        measured.metrics[phase.name] = scores
+    return loop.best_scores.get("epoch")
+
+
+def _fail(run: Run, measured: Measured, status: str, sentence: str) -> None:
+    run.finish(status, sentence, vars(measured))
+
+
+def _quiet(config: Config, run: Run) -> None:
+    """Settings that libraries read when they are imported, and their chatter."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ["WANDB_MODE"] = config.wandb.mode
+    os.environ.setdefault("WANDB_DIR", str(run.folder))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ["WANDB_PROJECT"] = config.wandb.project
+    if config.wandb.entity:
+        os.environ["WANDB_ENTITY"] = config.wandb.entity
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def _print_summary(record: dict[str, Any], run: Run) -> None:
+    from velora.report.text import summary
+
+    print(summary(record))
+    print(f"record: {run.folder / 'result.json'}")
