@@ -1,0 +1,136 @@
+"""A linear layer that keeps one number per sub-token for the gradient of its weight.
+
+A linear layer is three matrix products, and the third is why its input stays in memory until the backward pass:
+
+    y  = x Wᵀ + b        forward                  (N, D) (D, M)
+    dx = dy W            needs W only             (N, M) (M, D)
+    dW = dyᵀ x           needs x                  (M, N) (N, D)
+
+VeLoRA keeps z = u . v, the coordinate of each sub-token u of x along a fixed unit vector v, in place of x, and puts
+x̂ = z ⊗ v in place of x in the third product (arXiv 2405.17991, section 3). As x̂ has one free number per sub-token, the
+product needs no x̂:
+
+    C  = dyᵀ z           (M, N) (N, G)            S times less work than dyᵀ x
+    dW = scale (C ⊗ v)   (M, G, S) = (M, D)
+
+y, dx and db are exact, bit for bit those of nn.Linear.
+
+    N  tokens (all leading dimensions together)      D  in-features, D = G S      G  groups: sub-tokens in a token
+    M  out-features                                  S  sub-token size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from velora.nn.twin import VeloraTwin, refuse_second_derivative
+from velora.projection import compress, split_width
+
+
+class VeloraLinear(VeloraTwin, nn.Linear):
+    """nn.Linear that keeps N G numbers for the gradient of its weight in place of N D.
+
+    In eval mode, under no_grad and where the weight is frozen it is the plain layer. `velora.apply_velora` makes it out of
+    the nn.Linear layers of a model; `velora.calibrate` sets its direction.
+
+    Args:
+        num_groups, sub_token_size: G or S, exactly one; the other is derived from `in_features`.
+        scale: factor on the weight gradient (the authors' velora_scale).
+        init: where the direction comes from: fixed_average, running_average, svd or random.
+        seed: of a random direction.
+
+    Raises ConfigError for sizes that do not fit.
+    """
+
+    plain_class = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_groups: int | None = None,
+        sub_token_size: int | None = None,
+        scale: float = 1.0,
+        init: str = "fixed_average",
+        seed: int = 0,
+    ) -> None:
+        sizes = split_width(in_features, num_groups, sub_token_size)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_velora(*sizes, scale, init, seed)
+
+    @staticmethod
+    def width_of(module: Any) -> int:
+        return module.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.compresses():
+            return F.linear(input, self.weight, self.bias)
+        self.observe(input)
+        dtype = _autocast_dtype(input)
+        if dtype is not None and _autocasts(input):
+            input = input.to(dtype)
+        return _Linear.apply(input, self.weight, self.bias, self.direction, self.scale, dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The three products above. Keeps z, the weight (a parameter: no bytes of its own) and the direction (a buffer).
+
+    Under autocast the weight is cast once more in backward, so that no half-precision copy of it is kept either.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        direction: Tensor,
+        scale: float,
+        autocast_dtype: torch.dtype | None,
+    ) -> Tensor:
+        z = compress(x, direction)  # (N, G)
+        ctx.save_for_backward(z, weight, direction)
+        ctx.scale = scale
+        ctx.shape = x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        if autocast_dtype is None:
+            return F.linear(x, weight, bias)
+        w = weight.to(autocast_dtype) if _autocasts(weight) else weight
+        b = bias.to(autocast_dtype) if bias is not None and _autocasts(bias) else bias
+        return F.linear(x, w, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_output,) = grad_outputs
+        z, weight, direction = ctx.saved_tensors
+        dx = dw = db = None
+        with torch.no_grad():
+            dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
+            if ctx.needs_input_grad[0]:
+                dx = (dy @ weight.to(dy.dtype)).view(ctx.shape)
+            if ctx.needs_input_grad[1]:
+                c = (dy.T @ z).to(weight.dtype)  # (M, G)
+                dw = (c.unsqueeze(-1) * (ctx.scale * direction).to(weight.dtype)).view(weight.shape)  # (M, G, S)
+            if ctx.needs_input_grad[2]:
+                db = dy.sum(0).to(ctx.bias_dtype)
+        dx, dw, db = refuse_second_derivative((dx, dw, db), grad_output, weight)
+        return dx, dw, db, None, None, None
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which F.linear computes here, where autocast decides it."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def _autocasts(x: Tensor) -> bool:
+    """Autocast leaves float64 alone."""
+    return x.is_floating_point() and x.dtype != torch.float64

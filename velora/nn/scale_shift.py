@@ -1,0 +1,114 @@
+"""The element-wise scale and shift of SSF, and its twin that keeps one number per sub-token.
+
+    y  = x * γ + β       forward                        γ, β (D)
+    dx = dy * γ          needs γ only
+    dγ = Σ_n dy * x      needs x
+    dβ = Σ_n dy
+
+With x̂ = z ⊗ v in place of x (arXiv 2405.17991, section 3; see velora/nn/linear.py), and without building it:
+
+    dγ[g, s] = scale · v[s] · Σ_n dy[n, g, s] z[n, g]
+
+which is one vector-matrix product per group. y, dx and dβ are exact.
+
+    N  tokens (all leading dimensions together)      D  features, D = G S
+    G  groups: sub-tokens in a token                 S  sub-token size
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from velora.nn.twin import VeloraTwin, refuse_second_derivative
+from velora.projection import compress, split_width
+
+
+class ScaleShift(nn.Module):
+    """y = x * weight + bias over the last dimension of x (..., D), as in SSF (arXiv 2210.08823, equation 3).
+
+    `weight` (D) is γ, drawn from N(1, 0.02²), and `bias` (D) is β, from N(0, 0.02²), as in the published code.
+    """
+
+    def __init__(
+        self, num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.weight = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, mean=1.0, std=0.02)
+        nn.init.normal_(self.bias, mean=0.0, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.bias
+
+    def extra_repr(self) -> str:
+        return f"num_features={self.num_features}"
+
+
+class VeloraScaleShift(VeloraTwin, ScaleShift):
+    """ScaleShift that keeps N G numbers for the gradient of γ in place of N D; the arguments are VeloraLinear's."""
+
+    plain_class = ScaleShift
+
+    def __init__(
+        self,
+        num_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_groups: int | None = None,
+        sub_token_size: int | None = None,
+        scale: float = 1.0,
+        init: str = "fixed_average",
+        seed: int = 0,
+    ) -> None:
+        sizes = split_width(num_features, num_groups, sub_token_size)
+        super().__init__(num_features, device, dtype)
+        self._init_velora(*sizes, scale, init, seed)
+
+    @staticmethod
+    def width_of(module: Any) -> int:
+        return module.num_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.compresses():
+            return x * self.weight + self.bias
+        self.observe(x)
+        return _ScaleShift.apply(x, self.weight, self.bias, self.direction, self.scale)
+
+
+class _ScaleShift(torch.autograd.Function):
+    """Keeps z, γ (a parameter) and the direction (a buffer)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, direction: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(compress(x, direction), weight, direction)
+        ctx.scale = scale
+        ctx.dtypes = x.dtype, bias.dtype
+        return x * weight + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_output,) = grad_outputs
+        z, weight, direction = ctx.saved_tensors
+        x_dtype, bias_dtype = ctx.dtypes
+        dx = dgamma = dbeta = None
+        with torch.no_grad():
+            dy = grad_output.reshape(-1, weight.shape[0])  # (N, D)
+            if ctx.needs_input_grad[0]:
+                dx = (grad_output * weight).to(x_dtype)
+            if ctx.needs_input_grad[1]:
+                groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
+                sums = torch.bmm(z.to(dy.dtype).T.unsqueeze(1), groups).squeeze(1)  # (G, 1, N) (G, N, S) -> (G, S)
+                dgamma = (sums * (ctx.scale * direction)).to(weight.dtype).flatten()
+            if ctx.needs_input_grad[2]:
+                dbeta = dy.sum(0).to(bias_dtype)
+        dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), grad_output, weight)
+        return dx, dgamma, dbeta, None, None

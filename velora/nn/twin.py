@@ -1,0 +1,186 @@
+"""What all VeLoRA layers have in common: a direction, where it comes from, and how a module becomes its twin.
+
+A twin subclasses a plain module, computes the same forward bit for bit, and differs only in what it keeps for backward.
+A module is turned into its twin by changing its class and adding a buffer, never by making another object: its
+Parameters, hooks, name and everything that refers to it (optimizer, DDP, FSDP, tied layers) stay what they were.
+
+    S  sub-token size      D  features of a token, D = G S      G  groups
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from velora.projection import INITS, SubTokenStatistics, random_direction
+
+MOMENTUM = 0.1
+"""Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
+
+_ATTRIBUTES = ("num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_batch_statistics")
+
+_Self = TypeVar("_Self", bound="VeloraTwin")
+
+
+class VeloraTwin(nn.Module):
+    """Base of the twins; subclasses name their `plain_class` and give `forward` and `width_of`.
+
+    Buffers, both saved in the state_dict: `direction` (S), a unit vector, NaN until it is set; with
+    init="running_average" also `average` (S), the mean sub-token of which it is the direction.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    direction: Tensor
+    average: Tensor
+    weight: Tensor
+    num_groups: int
+    sub_token_size: int
+    scale: float
+    init: str
+    seed: int
+    _calibrated: bool  # a cached check of `direction`, no state: False means "look"
+    _batch_statistics: SubTokenStatistics | None
+
+    @staticmethod
+    def width_of(module: Any) -> int:
+        """D of a plain module or of a twin."""
+        raise NotImplementedError
+
+    @classmethod
+    def convert_(
+        cls: type[_Self], module: nn.Module, *, num_groups: int, sub_token_size: int, scale: float, init: str, seed: int
+    ) -> _Self:
+        """Make a plain module its twin, in place, and return it. The sizes must fit (see projection.split_width)."""
+        assert type(module) is cls.plain_class
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module._init_velora(num_groups, sub_token_size, scale, init, seed)
+        return module
+
+    def revert_(self) -> nn.Module:
+        """Make the twin its plain module again, in place, and return it."""
+        for name in ("direction", "average"):
+            self._buffers.pop(name, None)
+        for name in _ATTRIBUTES:
+            del self.__dict__[name]
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+        return self
+
+    def _init_velora(self, num_groups: int, sub_token_size: int, scale: float, init: str, seed: int) -> None:
+        assert num_groups * sub_token_size == self.width_of(self)
+        assert init in INITS
+        self.num_groups, self.sub_token_size = num_groups, sub_token_size
+        self.scale, self.init, self.seed = scale, init, seed
+        self._calibrated = False
+        self._batch_statistics = None
+        vector = torch.full((sub_token_size,), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
+        self.register_buffer("direction", vector)
+        if init == "running_average":
+            self.register_buffer("average", vector.clone())
+        self.reset_direction()
+
+    def reset_parameters(self) -> None:
+        """Reset the plain module's parameters, and forget the direction (draw it from the seed where it is random)."""
+        super().reset_parameters()  # type: ignore[misc]
+        if "direction" in self._buffers:
+            self.reset_direction()
+
+    @torch.no_grad()
+    def reset_direction(self) -> None:
+        """The state before calibration: NaN, or with init="random" the direction that belongs to the seed."""
+        if self.init == "random":
+            self.set_direction(random_direction(self.sub_token_size, self.seed))
+            return
+        self.direction.fill_(torch.nan)
+        if self.init == "running_average":
+            self.average.fill_(torch.nan)
+        self._calibrated = False
+
+    @torch.no_grad()
+    def set_direction(self, direction: Tensor, average: Tensor | None = None) -> None:
+        """Copy in a unit vector (S) and, for a running average, the mean sub-token (S) that it belongs to."""
+        self.direction.copy_(direction)
+        if self.init == "running_average":
+            assert average is not None
+            self.average.copy_(average)
+        self._calibrated = not self.direction.is_meta
+
+    def needs_statistics(self) -> bool:
+        """Whether the direction comes from data."""
+        return self.init != "random"
+
+    def new_statistics(self) -> SubTokenStatistics:
+        return SubTokenStatistics(self.sub_token_size, self.direction.device, with_moment=self.init == "svd")
+
+    def direction_from(self, statistics: SubTokenStatistics) -> Tensor:
+        """The direction (S) that the sums over a calibration batch give; ConfigError where they give none."""
+        return statistics.principal_direction() if self.init == "svd" else statistics.mean_direction()
+
+    def take_batch_statistics(self) -> SubTokenStatistics:
+        """What `observe` has summed since the last call, and start afresh (running average)."""
+        statistics, self._batch_statistics = self._batch_statistics, None
+        return statistics or self.new_statistics()
+
+    def move_average(self, statistics: SubTokenStatistics) -> None:
+        """One step of the running average: average += 0.1 (mean of the step - average). Nothing for no sub-tokens."""
+        if statistics.count:
+            average = torch.lerp(self.average.to(statistics.flat.dtype), statistics.mean(), MOMENTUM)
+            self.set_direction(average / torch.linalg.vector_norm(average), average)
+
+    def compresses(self) -> bool:
+        """Whether this forward keeps codes: in training, with gradients on, for a weight that trains. Else it is plain.
+
+        Raises RuntimeError where it does and there is no direction yet.
+        """
+        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
+            return False
+        if not self._calibrated:
+            self._check_calibrated()
+        return True
+
+    def observe(self, x: Tensor) -> None:
+        """Take the input x (..., D) of a forward into the running average of this step."""
+        if self.init == "running_average":
+            if self._batch_statistics is None:
+                self._batch_statistics = self.new_statistics()
+            self._batch_statistics.add(x)
+
+    def _check_calibrated(self) -> None:
+        if not torch.isfinite(self.direction).all():
+            raise RuntimeError(
+                f"{type(self).__name__}({self.extra_repr()}) has no direction yet: "
+                "call velora.calibrate(model, batch) with the first batch, before training"
+            )
+        self._calibrated = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._calibrated = not self.direction.is_meta and bool(torch.isfinite(self.direction).all())
+
+    def extra_repr(self) -> str:
+        sizes = f"num_groups={self.num_groups}, sub_token_size={self.sub_token_size}"
+        return f"{super().extra_repr()}, {sizes}, scale={self.scale}, init={self.init}"
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on a gradient that refuses to be differentiated; `sources` are what the gradient was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise RuntimeError(
+            "VeLoRA has no second derivative: its weight gradient is an approximation that belongs to no function. "
+            "Call remove_velora(model), or eval(), where a second derivative is needed"
+        )
+
+
+def refuse_second_derivative(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients as they leave backward: under create_graph=True, tied to a node that refuses with a sentence."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    return tuple(None if g is None else _NoSecondDerivative.apply(g.detach(), *sources) for g in gradients)

@@ -1,0 +1,135 @@
+"""The mathematics of VeLoRA: sub-tokens, their direction, and the projection onto it (arXiv 2405.17991).
+
+An input x of a layer is a stack of tokens. Each token is cut into sub-tokens, and of a sub-token u only its
+coordinate along one unit vector v is kept:
+
+    x (N, D)  --split-->  (N, G, S)  --compress-->  z = u . v  (N, G)  --reconstruct-->  z v  (N, D)
+
+The tokens' linear structure survives where sub-tokens point along v, which is why v is taken from data: their normalised
+mean, or the first right singular vector of the matrix whose rows they are. Both need only sums over sub-tokens, so they can
+be collected layer by layer in one forward, over many batches and over many ranks.
+
+    N  tokens (all leading dimensions together)      D  features of a token, D = G S
+    G  groups: sub-tokens in a token                 S  sub-token size: features of a sub-token
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from velora.errors import ConfigError
+
+INITS = ("fixed_average", "running_average", "random", "svd")
+"""Where a direction comes from; the paper's ablation (Table 5c)."""
+
+
+def split_width(width: int, num_groups: int | None = None, sub_token_size: int | None = None) -> tuple[int, int]:
+    """G and S of tokens with D = `width` features, from one of the two.
+
+    Raises ConfigError where not exactly one is given, where it is no positive integer, and where it does not divide D.
+    """
+    if (num_groups is None) == (sub_token_size is None):
+        raise ConfigError(
+            f"num_groups={num_groups} and sub_token_size={sub_token_size}: give exactly one, the other is derived"
+        )
+    key, part = ("num_groups", num_groups) if sub_token_size is None else ("sub_token_size", sub_token_size)
+    if not isinstance(part, int) or isinstance(part, bool) or part < 1:
+        raise ConfigError(f"{key}={part!r} must be a positive integer")
+    if width % part:
+        below = max(d for d in range(1, part) if width % d == 0)
+        above = min((d for d in range(part + 1, width + 1) if width % d == 0), default=None)
+        near = f"{below} or {above} would" if above else f"{below} would"
+        raise ConfigError(f"{key}={part} does not divide the width {width} ({near})")
+    return (part, width // part) if sub_token_size is None else (width // part, part)
+
+
+def split(x: Tensor, sub_token_size: int) -> Tensor:
+    """The sub-tokens of x (..., D) as rows (N G, S); a view where x is contiguous."""
+    return x.reshape(-1, sub_token_size)
+
+
+def compress(x: Tensor, direction: Tensor) -> Tensor:
+    """z (N, G): the coordinate of each sub-token of x (..., D) along the direction (S), in the dtype of x."""
+    sub_token_size = direction.shape[0]
+    z = F.linear(split(x, sub_token_size), direction.to(x.dtype).unsqueeze(0))  # (N G, 1)
+    return z.view(-1, x.shape[-1] // sub_token_size)
+
+
+def reconstruct(z: Tensor, direction: Tensor) -> Tensor:
+    """x̂ (N, D) from z (N, G). For understanding and for comparison: the gradients are computed without it."""
+    return (z.unsqueeze(-1) * direction.to(z.dtype)).flatten(-2)
+
+
+class SubTokenStatistics:
+    """Sums over sub-tokens from which a direction is computed; they add up over batches and ranks.
+
+    `flat` is one vector: the sum of the sub-tokens (S), the sum of their squared norms, their number and, `with_moment`,
+    the sum of u uᵀ (S x S). float64, where the device has it, so that the order of batches does not matter.
+    """
+
+    def __init__(self, sub_token_size: int, device: torch.device, with_moment: bool = False) -> None:
+        self.sub_token_size = sub_token_size
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        length = sub_token_size + 2 + (sub_token_size**2 if with_moment else 0)
+        self.flat = torch.zeros(length, dtype=dtype, device=device)
+        self.with_moment = with_moment
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """Take in the sub-tokens of x (..., D)."""
+        u = split(x.detach(), self.sub_token_size)  # (N G, S)
+        dtype, size = self.flat.dtype, self.sub_token_size
+        self.flat[:size] += u.sum(0, dtype=dtype)
+        self.flat[size] += torch.linalg.vector_norm(u, dtype=dtype) ** 2
+        self.flat[size + 1] += u.shape[0]
+        if self.with_moment:
+            wide = u.to(dtype)
+            self.flat[size + 2 :] += (wide.T @ wide).flatten()
+
+    @property
+    def count(self) -> int:
+        return int(self.flat[self.sub_token_size + 1])
+
+    def mean(self) -> Tensor:
+        """Mean sub-token (S)."""
+        return self.flat[: self.sub_token_size] / self.count
+
+    def _check(self) -> None:
+        if self.count == 0:
+            raise ConfigError("no sub-token reached the layer in the calibration forward; give a batch that does")
+        if not torch.isfinite(self.flat).all():
+            raise ConfigError("its input in the calibration batch is not finite; look for inf or nan in the batch")
+        if self.flat[self.sub_token_size] == 0:
+            raise ConfigError("its input in the calibration batch is zero everywhere; give another batch")
+
+    def mean_direction(self) -> Tensor:
+        """The normalised mean of all sub-tokens (S). ConfigError where the mean vanishes beside their size."""
+        self._check()
+        mean = self.mean()
+        norm = torch.linalg.vector_norm(mean)
+        typical = (self.flat[self.sub_token_size] / self.count).sqrt()
+        if norm <= 1e-6 * typical:
+            raise ConfigError(
+                f"the mean of its sub-tokens is zero (norm {float(norm):.1e}, a sub-token has {float(typical):.1e}), "
+                "so it gives no direction; use init=svd or init=random"
+            )
+        return mean / norm
+
+    def principal_direction(self) -> Tensor:
+        """The first right singular vector of the sub-tokens' matrix (S), as the top eigenvector of the sum of u uᵀ.
+
+        Its sign is free; the entry of largest magnitude is made positive, so that every machine gets the same.
+        """
+        assert self.with_moment
+        self._check()
+        moment = self.flat[self.sub_token_size + 2 :].view(self.sub_token_size, self.sub_token_size)
+        vector = torch.linalg.eigh(moment).eigenvectors[:, -1]
+        return vector * vector[vector.abs().argmax()].sign()
+
+
+def random_direction(sub_token_size: int, seed: int) -> Tensor:
+    """A unit vector (S), uniform over the sphere, in float64 on the CPU: the same for a seed on every device and rank."""
+    vector = torch.randn(sub_token_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return vector / torch.linalg.vector_norm(vector)

@@ -1,0 +1,106 @@
+"""Which layer of a network plays which role: the one place where layer names of architectures are written down.
+
+A method says `[value, down]`; a network says how its value and down projections are called. The names stand
+in this table, in an attribute `velora_roles` of the model, or in the config key `model.roles`; whoever comes later in
+this list wins. A pattern is a shell glob over the dotted module name. It matches the whole name or the end of it from
+a dot on, so that it also finds layers of a wrapped model (PEFT, DDP). A `*` crosses dots.
+
+No torch here: a configuration is checked with this file before the heavy imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from velora.errors import ConfigError
+
+ROLES = ("query", "key", "value", "output", "gate", "up", "down")
+"""Attention's query, key, value and output projections; the MLP's gate, up (first) and down (second) layer."""
+
+Roles = Mapping[str, Sequence[str]]
+"""Role -> glob patterns of module names."""
+
+# The first architecture with a match for each of its roles is taken, so the more specific come first.
+# fmt: off
+ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "llama": {  # also Mistral, Qwen, Gemma, OLMo
+        "query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
+        "output": ("self_attn.o_proj",),
+        "gate": ("mlp.gate_proj",), "up": ("mlp.up_proj",), "down": ("mlp.down_proj",),
+    },
+    "bert": {  # also RoBERTa, MiniLM, ELECTRA; the digit before .output keeps attention.output.dense out of down
+        "query": ("attention.self.query",), "key": ("attention.self.key",), "value": ("attention.self.value",),
+        "output": ("attention.output.dense",),
+        "up": ("intermediate.dense",), "down": ("layer.*[0-9].output.dense",),
+    },
+    "deberta": {
+        "query": ("attention.self.query_proj",), "key": ("attention.self.key_proj",),
+        "value": ("attention.self.value_proj",), "output": ("attention.output.dense",),
+        "up": ("intermediate.dense",), "down": ("layer.*[0-9].output.dense",),
+    },
+    "timm_vit": {  # one fused layer computes query, key and value
+        "query": ("attn.qkv",), "key": ("attn.qkv",), "value": ("attn.qkv",), "output": ("attn.proj",),
+        "up": ("mlp.fc1",), "down": ("mlp.fc2",),
+    },
+    "vit": {  # transformers' own ViT and DeiT
+        "query": ("attention.q_proj",), "key": ("attention.k_proj",), "value": ("attention.v_proj",),
+        "output": ("attention.o_proj",), "up": ("mlp.fc1",), "down": ("mlp.fc2",),
+    },
+    "opt": {  # also BART and CLIP
+        "query": ("self_attn.q_proj",), "key": ("self_attn.k_proj",), "value": ("self_attn.v_proj",),
+        "output": ("self_attn.out_proj",), "up": ("fc1",), "down": ("fc2",),
+    },
+    "distilbert": {
+        "query": ("attention.q_lin",), "key": ("attention.k_lin",), "value": ("attention.v_lin",),
+        "output": ("attention.out_lin",), "up": ("ffn.lin1",), "down": ("ffn.lin2",),
+    },
+    "gpt_neox": {  # fused like timm's
+        "query": ("attention.query_key_value",), "key": ("attention.query_key_value",),
+        "value": ("attention.query_key_value",), "output": ("attention.dense",),
+        "up": ("mlp.dense_h_to_4h",), "down": ("mlp.dense_4h_to_h",),
+    },
+}
+# fmt: on
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the dotted module name, or its end from some dot on, is what the glob pattern describes."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def find_architecture(names: Iterable[str]) -> str | None:
+    """The entry of `ARCHITECTURES` that has a module for each of its roles; None where no entry does."""
+    names = list(names)
+    for architecture, roles in ARCHITECTURES.items():
+        if all(any(matches(name, pattern) for pattern in patterns for name in names) for patterns in roles.values()):
+            return architecture
+    return None
+
+
+def resolve_roles(names: Iterable[str], *candidates: Roles | None) -> Roles:
+    """The roles of a model with these module names: the first of `candidates` that is given, else the table's.
+
+    Empty where the architecture is not in the table. Raises ConfigError for a role whose patterns are one string.
+    """
+    for roles in candidates:
+        if roles:
+            for role, patterns in roles.items():
+                if isinstance(patterns, str):
+                    raise ConfigError(f"roles: {role}: {patterns!r} must be a list of patterns, like [{patterns!r}]")
+            return roles
+    architecture = find_architecture(names)
+    return ARCHITECTURES[architecture] if architecture else {}
+
+
+def role_of(name: str, roles: Roles) -> str | None:
+    """The role that a module plays; those of a fused layer joined by "+" ("query+key+value"); None for no role."""
+    found = [role for role, patterns in roles.items() if any(matches(name, pattern) for pattern in patterns)]
+    return "+".join(found) or None
+
+
+def roles_by_name(names: Iterable[str], roles: Roles | None = None) -> dict[str, str]:
+    """Module name -> role, for each module that plays one."""
+    names = list(names)
+    resolved = resolve_roles(names, roles)
+    return {name: role for name in names if (role := role_of(name, resolved))}
