@@ -1,0 +1,20 @@
+"""Optimisers with a small state, as torch.optim has its own: GaLore, FLoRA, LOMO, and Adafactor with an exact restart."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from velora.optim.adafactor import Adafactor
+    from velora.optim.flora import Flora
+    from velora.optim.galore import GaLoreAdamW
+    from velora.optim.lomo import Lomo
+
+_HOME = {"Adafactor": "adafactor", "Flora": "flora", "GaLoreAdamW": "galore", "Lomo": "lomo"}
+
+__all__ = ["Adafactor", "Flora", "GaLoreAdamW", "Lomo"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"velora.optim.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'velora.optim' has no attribute {name!r}")

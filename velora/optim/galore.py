@@ -1,0 +1,199 @@
+"""GaLore: Adam's moments live in a low-rank subspace of the gradient (Zhao et al. 2024, arXiv 2403.03507, algorithm 2).
+
+Legend: M rows (out-features), D columns (in-features), R rank. For a weight W (M x D) with gradient G:
+
+    every `update_proj_gap` steps:  P = the R leading singular directions of G
+    R_t = Pᵀ G (or G Pᵀ, or on both sides)             the low-rank gradient
+    N_t = Adam(R_t)                                    moments of the size of R_t
+    W  <- W (1 - lr·weight_decay) - lr·scale·P N_t
+
+Parameter groups with a key `rank` are treated so; the others get AdamW. This differs from the package galore-torch in what
+is kept and when, not in the update: the projector is part of the state dict (there it is lost on resume, or must be
+unpickled), it is a copy of R directions (there a slice that keeps the whole SVD factor alive), the layer-wise form
+accumulates gradients (`velora/optim/layerwise.py`), and weight decay acts on the weight before the step, as in AdamW's paper.
+
+Adam's ε stands as in galore-torch, and as in section 2 of Adam's paper, outside of the bias correction:
+`m √(1-β₂ᵗ) / (1-β₁ᵗ) / (√v + ε)`. With 8-bit moments the kernel of bitsandbytes has it inside (as torch.optim.AdamW does).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velora.errors import ConfigError
+from velora.optim.layerwise import LayerwiseOptimizer, refuse_sharded
+from velora.optim.subspace import Projector, derive_seed, leading_directions, project, project_back
+
+MIN_8BIT_SIZE = 4096  # smaller moments stay in fp32, and
+BLOCK_SIZE = 256  # entries of 8-bit moments share one scale: both as in bitsandbytes
+
+LOW_RANK_DEFAULTS: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "svd": "exact"}
+
+
+class GaLoreAdamW(LayerwiseOptimizer):
+    """AdamW whose moments are kept for the projected gradient, in the parameter groups that have a `rank`.
+
+    Such a group may also have `update_proj_gap` (steps between two projectors), `scale` (of the update), `proj_type` ("std":
+    the shorter side is projected; "reverse_std": the longer; "left", "right", "full": both) and `svd` ("exact" or
+    "randomized", which is much faster for large matrices and draws from `seed`). Its parameters must be matrices with no
+    side shorter than the rank.
+
+    `bits=8` keeps both moments in bitsandbytes' blockwise 8-bit form (it needs bitsandbytes >= 0.50 on a CPU) and the
+    projector in the dtype of the weight. `layerwise`, `accumulation_steps` and `max_grad_norm`: see LayerwiseOptimizer;
+    under accumulation the projector comes from the first micro-batch of the step, all else is as without `layerwise`.
+
+    State per low-rank matrix, std, fp32: 4 R (2 max(M, D) + min(M, D)) bytes.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        bits: int = 32,
+        layerwise: bool = False,
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if bits not in (8, 32):
+            raise ConfigError(f"bits={bits} must be 32 or 8")
+        self.seed = seed
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "bits": bits}
+        super().__init__(
+            params, defaults, layerwise=layerwise, accumulation_steps=accumulation_steps, max_grad_norm=max_grad_norm
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "rank" in param_group:
+            param_group = {**LOW_RANK_DEFAULTS, **param_group}
+        super().add_param_group(param_group)
+        check_rank(self.param_groups[-1])
+
+    def update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        compressed = self.compress(p, gradient, group, first=True)
+        if compressed is not None:
+            self.update_compressed(p, compressed, group)
+        elif self._moments(p, gradient, group)["exp_avg"].dtype == torch.uint8:
+            self._adam_8bit(p, gradient, p, group, lr=group["lr"], weight_decay=group["weight_decay"])
+        else:
+            normalized, correction = self._adam(p, gradient, group)
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(normalized, alpha=-group["lr"] * correction)
+
+    def compress(self, p: Tensor, gradient: Tensor, group: dict[str, Any], *, first: bool) -> Tensor | None:
+        if "rank" not in group:
+            return None
+        refuse_sharded(gradient)
+        state = self.state[p]
+        step = state.get("step", 0)
+        if first and step % group["update_proj_gap"] == 0:
+            seed = derive_seed(self.seed, self._index(p), step)
+            left, right = leading_directions(gradient, group["rank"], group["proj_type"], group["svd"], seed)
+            state.update({name: side for name, side in (("left", left), ("right", right)) if side is not None})
+        return project(gradient, self._projector(p))
+
+    def update_compressed(self, p: Tensor, compressed: Tensor, group: dict[str, Any]) -> None:
+        lr, scale = group["lr"], group["scale"]
+        if self._moments(p, compressed, group)["exp_avg"].dtype == torch.uint8:
+            step = torch.zeros_like(compressed)  # the kernel adds the update to it
+            self._adam_8bit(p, compressed.contiguous(), step, group, lr=1.0, weight_decay=0.0)
+            normalized, correction = step.neg_(), 1.0
+        else:
+            normalized, correction = self._adam(p, compressed, group)
+        p.mul_(1 - lr * group["weight_decay"])
+        full = project_back(normalized.to(p.dtype), self._projector(p))  # M x D
+        p.add_(full, alpha=-lr * scale * correction)
+
+    def _adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
+        """m / (√v + ε) after this gradient, and its bias correction."""
+        state = self.state[p]
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+        return state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), correction
+
+    def _adam_8bit(
+        self, p: Tensor, gradient: Tensor, target: Tensor, group: dict[str, Any], *, lr: float, weight_decay: float
+    ) -> None:
+        """`target` <- AdamW step of it along `gradient`, with the moments that belong to `p`."""
+        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+        state = self.state[p]
+        state["step"] += 1
+        optimizer_update_8bit_blockwise(
+            "adam",
+            gradient,
+            target,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            *group["betas"],
+            beta3=0.0,
+            alpha=0.0,
+            eps=group["eps"],
+            step=state["step"],
+            lr=lr,
+            qmap1=_dynamic_map(True, p.device),
+            qmap2=_dynamic_map(False, p.device),
+            absmax1=state["exp_avg_absmax"],
+            absmax2=state["exp_avg_sq_absmax"],
+            weight_decay=weight_decay,
+        )
+
+    def _moments(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of `p`, with its moments made on first use in the shape of the (low-rank) gradient."""
+        state = self.state[p]
+        if "exp_avg" in state:
+            return state
+        state["step"] = 0
+        if group["bits"] == 8 and gradient.numel() >= MIN_8BIT_SIZE:
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(gradient, dtype=torch.uint8)
+                num_blocks = -(-gradient.numel() // BLOCK_SIZE)
+                state[f"{name}_absmax"] = torch.zeros(num_blocks, dtype=torch.float32, device=gradient.device)
+        else:
+            dtype = torch.float32 if group["bits"] == 8 else gradient.dtype
+            state["exp_avg"] = torch.zeros_like(gradient, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype)
+        return state
+
+    def _projector(self, p: Tensor) -> Projector:
+        return self.state[p].get("left"), self.state[p].get("right")
+
+    def _index(self, p: Tensor) -> int:
+        """The place of `p` among all parameters: the same in every process and after a restart."""
+        everything = (q for group in self.param_groups for q in group["params"])
+        return next(i for i, q in enumerate(everything) if q is p)
+
+
+def check_rank(group: dict[str, Any]) -> None:
+    """ConfigError where the `rank` of a parameter group does not fit its parameters."""
+    rank = group.get("rank")
+    if rank is None:
+        return
+    if rank < 1:
+        raise ConfigError(f"rank={rank} must be at least 1")
+    names = group.get("param_names") or [""] * len(group["params"])
+    for name, p in zip(names, group["params"], strict=True):
+        label = f"{name} of shape {tuple(p.shape)}" if name else f"a parameter of shape {tuple(p.shape)}"
+        if p.ndim != 2:
+            raise ConfigError(f"rank={rank}: {label} is not a matrix; leave it to a group without a rank")
+        if min(p.shape) < rank:
+            raise ConfigError(f"rank={rank} is larger than the shorter side of {label}; choose at most {min(p.shape)}")
+
+
+@functools.cache
+def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of bitsandbytes' dynamic 8-bit type; constants, so not part of any state."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=signed).to(device)
