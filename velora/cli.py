@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from velora.config import Config, validate
+from velora.config import Config, unknown_key, validate
 from velora.errors import ConfigError, RunError
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
@@ -57,32 +57,23 @@ def train() -> None:
 def launch(program: str, job: Callable[[Config], None]) -> int:
     """Compose the configuration from sys.argv and run `job` on it (once, or once for each point of a multirun).
 
-    Returns the exit status: 0 done, 2 the configuration or the data is wrong, 1 anything else.
+    Returns the exit status: 0 done, 2 the configuration or the data is wrong, 1 anything else. In a multirun the other points
+    still run, and the status of the first one that failed is returned.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its exceptions instead of printing them and exiting with 1
+    status = 0
 
     def run_one(composed: Any) -> None:
-        try:
-            raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-            assert isinstance(raw, dict)
-            overrides = list(HydraConfig.get().overrides.task)
-            raw = {str(k): v for k, v in raw.items()}
-            raw["name"] = raw.get("name") or default_name(raw, overrides)
-            job(validate(raw))
-        except KeyboardInterrupt:
-            raise _Reported(_report(program, "stopped by Ctrl-C before the run had started", 1)) from None
-        except ConfigError as error:
-            raise _Reported(_report(program, str(error), 2)) from None
-        except OmegaConfBaseException as error:
-            raise _Reported(_report(program, _sentence(error), 2)) from None
-        except RunError as error:
-            raise _Reported(_report(program, str(error), 1)) from None
+        nonlocal status
+        status = _guarded(program, job, composed, list(HydraConfig.get().overrides.task))
+        if status and HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise _Reported(status)  # the way that every launcher, also one of other processes, reports a failed job
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_one)()
@@ -90,6 +81,28 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
         return reported.status
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _report(program, _sentence(error), 2)
+    return status
+
+
+def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrides: list[str]) -> int:
+    """Run one job; whatever goes wrong is one sentence on stderr and an exit status."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        assert isinstance(raw, dict)
+        raw = {str(k): v for k, v in raw.items()}
+        raw["name"] = raw.get("name") or default_name(raw, overrides)
+        job(validate(raw))
+    except KeyboardInterrupt:
+        return _report(program, "stopped by Ctrl-C before the run had started", 1)
+    except ConfigError as error:
+        return _report(program, str(error), 2)
+    except OmegaConfBaseException as error:
+        return _report(program, _sentence(error), 2)
+    except RunError as error:
+        return _report(program, str(error), 1)
     return 0
 
 
@@ -128,16 +141,29 @@ def _report(program: str, sentence: str, status: int) -> int:
 def _sentence(error: Exception) -> str:
     """Hydra's and OmegaConf's own messages, cut to what names the key, the value and the choices."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
-    text = "; ".join(lines) or type(error).__name__
-    if (missing := re.match(r"Could not find '(\w+)/([^']*)'; Available options in '\w+':", text)) is not None:
+    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
+    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
         group, value = missing.groups()
-        options = ", ".join(lines[1:])
-        return f"{group}={value} is not known; {group} is one of: {options}"
-    if (unknown := re.search(r"Key '([\w.]+)' is not in struct", str(error))) is not None:
-        full = re.search(r"full_key: ([\w.]+)", str(error))
-        return f"{full.group(1) if full else unknown.group(1)} is not a key; `--cfg job` prints the keys of this configuration"
-    if isinstance(error, Exception) and "Missing mandatory value" in text:
-        key = text.rpartition(": ")[2]
-        return f"{key} has no value; give {key}=..."
-    return text
+        options = [line for line in lines[2:] if "=" not in line and not line.endswith(":")]
+        return f"{group}={value} is not known; it is one of {', '.join(options)}"
+    if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return f"{mandatory.group(1)} has no value; give {mandatory.group(1)}=..."
+    if unknown := re.search(r"Could not override '([\w./@-]+)'", text) or re.search(r"full_key: ([\w.]+)", str(error)):
+        return unknown_key(unknown.group(1), sorted(_shipped_keys()))
+    return text or type(error).__name__
+
+
+def _shipped_keys() -> set[str]:
+    """Every group and every key that some shipped file sets, for "did you mean"."""
+    import yaml
+
+    keys: set[str] = set()
+    for file in conf_dir().rglob("*.yaml"):
+        content = yaml.safe_load(file.read_text()) or {}
+        group = (
+            "" if file.parent == conf_dir() or file.read_text().startswith("# @package _global_") else file.parent.name
+        )
+        for key, value in ({group: content} if group else content).items():
+            keys.add(key)
+            keys.update(f"{key}.{inner}" for inner in value) if isinstance(value, dict) else None
+    return keys - {"defaults", "hydra"}

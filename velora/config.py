@@ -158,7 +158,7 @@ def validate(raw: dict[str, Any]) -> Config:
             return None
 
     known = {*_SECTIONS, *GROUPS, *_Run.model_fields}
-    problems += [_unknown(key, sorted(known)) for key in raw if key not in known]
+    problems += [unknown_key(key, sorted(known)) for key in raw if key not in known]
     run = read(lambda: _parse(_Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
     sections = {
         key: None
@@ -202,7 +202,7 @@ def _parse(cls: type[T], value: Any, prefix: str) -> T:
         for item in error.errors(include_url=False):
             key = ".".join(str(p) for p in (prefix, *item["loc"]) if p != "")
             if item["type"] == "extra_forbidden":
-                sentences.append(_unknown(key, sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)))
+                sentences.append(unknown_key(key, sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)))
             elif item["type"] == "missing":
                 sentences.append(f"{key} is missing")
             elif item["type"] == "value_error":
@@ -212,10 +212,13 @@ def _parse(cls: type[T], value: Any, prefix: str) -> T:
         raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
 
 
-def _unknown(key: str, known: list[str]) -> str:
+def unknown_key(key: str, known: list[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known keys here: {', '.join(known)}"
-    return f"{key} is not a key; {hint}"
+    if close:
+        return f"{key} is not a key; did you mean {close[0]}?"
+    if len(known) > 20:
+        return f"{key} is not a key of this configuration; `--cfg job` prints it whole"
+    return f"{key} is not a key; known keys here: {', '.join(known)}"
 
 
 def _listing(problems: list[str]) -> str:

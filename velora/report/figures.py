@@ -1,0 +1,74 @@
+"""Figures: the loss curves, and what is kept for backward against speed, for each task and model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from velora.report.records import Record
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_STYLES = ("-", "--", "-.", ":")
+
+
+def draw(records: list[Record], out: Path) -> list[tuple[str, Path]]:
+    """One figure for each task and model with at least one finished run; returns titles and paths."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record["status"] == "ok":
+            groups.setdefault((record["task"], record["model"]), []).append(record)
+    drawn = []
+    for (task, model), group in groups.items():
+        title = f"{task}, {model}"
+        path = out / (re.sub(r"[^\w.]+", "_", f"{task}-{model}") + ".png")
+        _draw(title, group, path)
+        drawn.append((title, path))
+    return drawn
+
+
+def _draw(title: str, group: list[Record], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    labels = list(dict.fromkeys(record.label for record in group))
+    colour = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    seen: set[str] = set()
+    for record in group:
+        label = record.label
+        style: dict[str, Any] = {
+            "color": colour[label],
+            "linestyle": _STYLES[(labels.index(label) // 10) % 4],
+            "linewidth": 1.4,
+        }
+        steps, losses = record.curve("loss")
+        left.plot(steps, losses, label=None if label in seen else label, alpha=0.9, **style)
+        steps, losses = record.curve("eval_loss")
+        left.plot(steps, losses, "o", markersize=4, color=colour[label])
+        seen.add(label)
+    left.set(xlabel="step", ylabel="training loss (lines), validation loss (dots)")
+    left.legend(fontsize=8)
+    left.grid(alpha=0.3)
+    _memory_against_speed(right, group, colour)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _memory_against_speed(axes: Any, group: list[Record], colour: dict[str, str]) -> None:
+    named: set[str] = set()
+    for record in group:
+        held = record["memory"].get("saved_for_backward_bytes")
+        speed = record["speed"].get("tokens_per_second") or record["speed"].get("images_per_second")
+        if held is None or speed is None:
+            continue
+        axes.plot(held / 2**20, speed, "o", markersize=8, color=colour[record.label])
+        if record.label not in named:
+            axes.annotate(record.label, (held / 2**20, speed), xytext=(6, 6), textcoords="offset points", fontsize=8)
+            named.add(record.label)
+    unit = "images" if any(r["speed"].get("images_per_second") for r in group) else "tokens"
+    axes.set(xlabel="saved for backward, MiB (one micro-batch, unique storages)", ylabel=f"{unit} per second")
+    axes.margins(x=0.25, y=0.25)
+    axes.grid(alpha=0.3)
