@@ -1,4 +1,4 @@
-"""Where a network's task head is.
+"""Where a network's task head is, and how it trains beside a frozen backbone.
 
 A head is *new* when the task brought it (a classification head on a pre-trained encoder): an adapter must train it,
 since it starts from random weights. The output layer of a language model is not new.
@@ -6,7 +6,10 @@ since it starts from random weights. The output layer of a language model is not
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from velora.errors import ConfigError
 
@@ -29,10 +32,9 @@ def new_head_names(model: nn.Module) -> list[str]:
         return list(declared)
     if _output_layer(model) is not None:
         return []
+    children = dict(model.named_children())
     return [
-        name
-        for name, module in model.named_children()
-        if name in CLASSIFICATION_HEADS and any(True for _ in module.parameters())
+        name for name in CLASSIFICATION_HEADS if name in children and any(True for _ in children[name].parameters())
     ]
 
 
@@ -57,3 +59,23 @@ def untie_head(model: nn.Module) -> None:
         return
     output.weight = nn.Parameter(output.weight.detach().clone())
     model.config.tie_word_embeddings = False  # otherwise saving would drop the head
+
+
+def train_in_float32(module: nn.Module) -> None:
+    """Let a module train: its parameters require gradients and are float32 (AdamW makes no progress in bfloat16).
+
+    Where that changes their dtype, the module's inputs are cast as well, since the backbone before it stays as it is.
+    """
+    parameters = list(module.parameters())
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in parameters):
+        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {key: cast(value) for key, value in kwargs.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from velora.group import Adapter
@@ -23,10 +24,15 @@ class LinearProbe(Adapter):
     kind: Literal["linear_probe"]
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
-        from velora.head import head_names, untie_head
+        from velora.head import head_names, train_in_float32, untie_head
 
         model.requires_grad_(False)
         untie_head(model)
         for name in head_names(model):
-            model.get_submodule(name).requires_grad_(True)
+            train_in_float32(model.get_submodule(name))
         return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        from velora.adapter_state import save_adapter
+
+        save_adapter(model, folder)
