@@ -12,8 +12,8 @@ data: an address, which the allocator uses again and again, would confuse a dead
 The tracker calls each operator with the arguments it was given and changes neither values nor random numbers.
 
 What it cannot see: memory that an operator allocates and frees inside itself (workspaces), and tensors that come into
-being without the dispatcher (`torch.from_numpy`, data loaders); the latter count as having lived before. A
-function compiled by `torch.compile` runs uncompiled while a dispatch mode is entered.
+being without the dispatcher (`torch.from_numpy`, data loaders, the state of the random numbers); they count as having
+lived before. A function compiled by `torch.compile` runs uncompiled while a dispatch mode is entered.
 """
 
 from __future__ import annotations
@@ -75,43 +75,37 @@ def alive_bytes(reference: StorageWeakRef) -> int | None:
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Remembers every storage that operators allocate while the mode is entered.
+    """Remembers every storage that operators allocate while the mode is entered."""
 
-    `lived_before`: tensors known to exist already (parameters, buffers, inputs); optional, since a storage that
-    is first met as the input of an operator is taken to have lived before.
-    """
-
-    def __init__(self, lived_before: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.allocated: dict[int, StorageWeakRef] = {}
-        self._lived_before: dict[int, StorageWeakRef] = {}
-        for tensor in plain_tensors(list(lived_before)):
-            self._note(tensor, self._lived_before)
+        self.lived_before: dict[int, StorageWeakRef] = {}
 
-    def _note(self, tensor: Tensor, book: dict[int, StorageWeakRef]) -> bool:
-        """Enter an unknown storage into a book; False when it was known."""
+    def meet(self, tensor: Tensor, book: dict[int, StorageWeakRef]) -> bool:
+        """Enter the storage of a tensor into `allocated` or `lived_before`; False when it is known already."""
         storage = tensor.untyped_storage()
-        if storage._cdata in self.allocated or storage._cdata in self._lived_before:
+        if storage._cdata in self.allocated or storage._cdata in self.lived_before:
             return False
         reference = StorageWeakRef(storage)
         book[reference.cdata] = reference
         return True
 
-    def on_allocation(self, tensor: Tensor, operator: Any) -> None:
-        """Called once per allocated storage, with the first tensor on it; for subclasses."""
+    def on_operator(self, operator: Any, inputs: list[Tensor], outputs: list[Tensor], fresh: list[Tensor]) -> None:
+        """Called after each operator; `fresh` are the outputs whose storage it has allocated. For subclasses."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in _LIFTS:
-            for tensor in plain_tensors((args, kwargs)):
-                self._note(tensor, self._lived_before)
-        outputs = func(*args, **kwargs)
-        for tensor in plain_tensors(outputs):
-            if self._note(tensor, self.allocated):
-                self.on_allocation(tensor, func)
-        return outputs
+        inputs = [] if func in _LIFTS else list(plain_tensors((args, kwargs)))
+        for tensor in inputs:
+            self.meet(tensor, self.lived_before)
+        result = func(*args, **kwargs)
+        outputs = list(plain_tensors(result))
+        fresh = [tensor for tensor in outputs if self.meet(tensor, self.allocated)]
+        self.on_operator(func, inputs, outputs, fresh)
+        return result
 
     def living(self, apart_from: Iterable[Tensor] = ()) -> dict[int, int]:
         """Bytes of each storage that was allocated under the mode and is alive now, by its identity."""
