@@ -90,9 +90,9 @@ def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrid
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        assert isinstance(raw, dict)
-        raw = {str(k): v for k, v in raw.items()}
+        container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        assert isinstance(container, dict)
+        raw = {str(k): v for k, v in container.items()}
         raw["name"] = raw.get("name") or default_name(raw, overrides)
         job(validate(raw))
     except KeyboardInterrupt:

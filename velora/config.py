@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -61,13 +62,15 @@ class WandbConfig(Section):
 
 
 class ExperimentConfig(Section):
-    """Which printed figure a run reproduces; `paper` holds the figures as printed (shared names with result.json)."""
+    """Which row of which table of the paper a run reproduces.
+
+    `paper` holds the printed figures under the names of result.json, by task ("glue/sst2") or task and model ("c4 llama_60m").
+    """
 
     name: str
     table: str | None = None
     row: str | None = None
-    column: str | None = None
-    paper: dict[str, float] = {}
+    paper: dict[str, dict[str, float]] = {}
     note: str | None = None
 
 
@@ -159,18 +162,17 @@ def validate(raw: dict[str, Any]) -> Config:
 
     known = {*_SECTIONS, *GROUPS, *_Run.model_fields}
     problems += [unknown_key(key, sorted(known)) for key in raw if key not in known]
-    run = read(lambda: _parse(_Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
-    sections = {
-        key: None
-        if key == "experiment" and raw.get(key) is None
-        else read(lambda k=key, c=cls: _parse(c, raw.get(k), k))
-        for key, cls in _SECTIONS.items()
-    }
-    parts = {group: read(lambda g=group, b=base: _parse_part(g, raw.get(g), b)) for group, base in GROUPS.items()}
+    found: dict[str, Any] = {}
+    for key, section in _SECTIONS.items():
+        absent = key == "experiment" and raw.get(key) is None
+        found[key] = None if absent else read(partial(_parse, section, raw.get(key), key))
+    for group, base in GROUPS.items():
+        found[group] = read(partial(_parse_part, group, raw.get(group), base))
+    run = read(partial(_parse, _Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
     if problems:
         raise ConfigError(_listing(problems))
     assert run is not None
-    config = Config(**dict(run), **sections, **parts, raw=raw)  # type: ignore[arg-type]
+    config = Config(**dict(run), **found, raw=raw)
     problems += _cross_checks(config)
     if problems:
         raise ConfigError(_listing(problems))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 import warnings
@@ -125,6 +126,8 @@ def _quiet(config: Config, run: Run) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()  # those of reading and writing files; the training keeps its own
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _print_summary(record: dict[str, Any], run: Run) -> None:

@@ -14,7 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EvalPrediction,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from velora.build import weights_bytes
 from velora.chrono import Chrono
@@ -53,10 +61,8 @@ class Loop:
             preprocess_logits_for_metrics=data.reduce_logits,
             callbacks=[_Watch(self, stop_after_epoch)],
         )
-        with contextlib.suppress(ImportError):
-            from transformers import PrinterCallback
-
-            self.trainer.remove_callback(PrinterCallback)
+        self.trainer.remove_callback(ProgressCallback)
+        self.trainer.add_callback(_Bar)
 
     @property
     def device_name(self) -> str:
@@ -126,6 +132,8 @@ class Loop:
 class MeasuringTrainer(Trainer):
     """Trainer with the optimiser of the configuration, and with measuring that does not disturb."""
 
+    optimizer: Any
+
     def __init__(self, owner: Loop, **arguments: Any) -> None:
         self.owner = owner
         self.chrono = Chrono()
@@ -194,6 +202,14 @@ class MeasuringTrainer(Trainer):
                 for name, buffer in network.named_buffers():
                     buffer.copy_(buffers[name])
         self.first_batch_pending = self.measuring_pending = False
+
+
+class _Bar(ProgressCallback):
+    """Trainer's progress bar with the latest loss in it, in place of a line for each logged step."""
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
 
 
 class _Watch(TrainerCallback):
@@ -327,6 +343,7 @@ def _arguments(config: Config, folder: Path) -> TrainingArguments:
         save_total_limit=2,
         seed=config.seed,
         data_seed=config.seed,
+        disable_tqdm=False,
         report_to=[] if config.wandb.mode == "disabled" else ["wandb"],
         run_name=f"{config.name}/seed{config.seed}",
         **_strategy("eval", trainer.eval_every),

@@ -26,6 +26,12 @@ class Record:
         return {k: v for k, v in self["metrics"].items() if not isinstance(v, dict)}
 
     @property
+    def paper(self) -> dict[str, float]:
+        """The figures that the paper prints for this run, if its experiment names any."""
+        printed = (self["config"].get("experiment") or {}).get("paper") or {}
+        return printed.get(f"{self['task']} {self['model']}") or printed.get(self["task"]) or {}
+
+    @property
     def label(self) -> str:
         """The method, and what the name of the run says beyond task, model and method (a swept value)."""
         _, _, rest = self["name"].partition(f"-{self['method']}")

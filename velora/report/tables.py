@@ -41,7 +41,7 @@ def _table(group: list[Record]) -> str:
     speed_key = next(
         (k for k in ("tokens_per_second", "images_per_second") if any(r["speed"].get(k) for r in group)), None
     )
-    paper = sorted({k for r in group for k in (r["config"].get("experiment") or {}).get("paper", {})})
+    paper = sorted({k for r in group for k in r.paper})
     head = ["method", "seeds", *score_keys, *(f"{k} (paper)" for k in paper), *memory.values(), "trainable parameters"]
     methods = _grouped(group, lambda r: r.label)
     reference = _speed(methods.get("full", []), speed_key)
@@ -50,7 +50,7 @@ def _table(group: list[Record]) -> str:
     rows = []
     for label, runs in methods.items():
         row = [label, str(len(runs)), *(_spread(r.scores.get(k) for r in runs) for k in score_keys)]
-        row += [human_number((runs[0]["config"].get("experiment") or {}).get("paper", {}).get(k)) for k in paper]
+        row += [human_number(runs[0].paper.get(k)) for k in paper]
         row += [human_bytes(_mean(r["memory"].get(k) for r in runs)) for k in memory]
         row.append(human_number(runs[0]["parameters"]["trainable"]))
         if speed_key:

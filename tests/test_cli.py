@@ -1,0 +1,131 @@
+"""Bad input: one sentence, exit status 2, no traceback, nothing half-written, and all of it before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from velora.cli import default_name
+
+REFUSED = {
+    "unknown method": (["method=veloar"], "method=veloar is not known", "velora"),
+    "unknown model": (["model=llama_61m"], "model=llama_61m is not known", "llama_60m"),
+    "unknown task": (["task=glue/sst3"], "glue/sst3", "sst2"),
+    "misspelt key": (["trainer.lerning_rate=1"], "trainer.lerning_rate is not a key", "trainer.learning_rate"),
+    "added key": (["+trainer.lerning_rate=1"], "trainer.lerning_rate is not a key", "trainer.learning_rate"),
+    "both": (["activations.num_groups=4"], "both are given", "set the other to null"),
+    "neither": (["activations.sub_token_size=null"], "none is given", "exactly one"),
+    "wrong type": (["trainer.batch_size=many"], "trainer.batch_size=many", "integer"),
+    "negative": (["trainer.batch_size=-1"], "trainer.batch_size=-1", "greater than 0"),
+    "no end": (["trainer.max_steps=null"], "trainer.max_steps=null", "give one of them"),
+    "no data folder": (["data.root=nowhere"], "data.root=nowhere is not a folder", "leave it out"),
+    "task for another family": (["task=glue/sst2", "model=llama_tiny"], "task=glue/sst2", "choose another model or task"),
+    "model without a path": (["model=causal_lm"], "model.path has no value", "give model.path="),
+    "pretrained without a path": (["model=llama_60m", "model.pretrained=true"], "model.pretrained=true", "model.path=DIR"),
+    "syntax": (["trainer.max_steps=]["], "trainer.max_steps=][", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_one_sentence(cli, case):
+    overrides, names, remedy = REFUSED[case]
+    done = cli(*overrides)
+    assert done.returncode == 2, done.stderr
+    assert names in done.stderr
+    assert remedy in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (cli.folder / "runs").exists()
+
+
+def test_several_problems_in_one_message(cli):
+    done = cli("trainer.batch_size=0", "++optimizer.bettas=[0,0]", "activations.init=best")
+    assert done.returncode == 2
+    for key in (
+        "trainer.batch_size=0",
+        "optimizer.bettas is not a key; did you mean optimizer.betas?",
+        "activations.init=best",
+    ):
+        assert key in done.stderr
+
+
+def test_misspelt_key_in_a_file(cli):
+    folder = cli.folder / "mine" / "method"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _global_\nmethod: {name: mine}\nactivations: {sub_tokensize: 8}\n")
+    done = cli("--config-dir", "mine", "method=mine")
+    assert done.returncode == 2
+    assert "activations.sub_tokensize is not a key" in done.stderr
+
+
+def test_output_folder_that_cannot_be_written(cli):
+    (cli.folder / "file").write_text("")
+    done = cli("runs_dir=file/runs")
+    assert done.returncode == 1
+    assert "runs_dir=file/runs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["method=nothing"], ["trainer.batch_size=0"]])
+def test_answers_without_heavy_imports(tmp_path, arguments):
+    code = (
+        "import sys\n"
+        "from velora.cli import train\n"
+        "try:\n    train()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'timm', 'peft', 'numpy'} & set(sys.modules)\n"
+        "sys.stderr.write(f'heavy={sorted(heavy)}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert "heavy=[]" in done.stderr
+
+
+def test_value_files_import_no_torch(tmp_path):
+    code = (
+        "import sys, pkgutil, importlib, velora\n"
+        "from velora.config import GROUPS\n"
+        "for group in GROUPS:\n"
+        "    package = importlib.import_module('velora.' + group)\n"
+        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "        importlib.import_module(f'velora.{group}.{module.name}')\n"
+        "print({'torch', 'transformers', 'timm', 'peft'} & set(sys.modules) or 'light')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "light", done.stderr
+
+
+def test_every_shipped_choice_composes(cli):
+    """Each model with its task, each method, each experiment: composed and printed without an error."""
+    conf = Path(__file__).parent.parent / "conf"
+    choices = [
+        f"experiment={f.relative_to(conf / 'experiment').with_suffix('')}"
+        for f in (conf / "experiment").rglob("*.yaml")
+    ]
+    choices += [f"task={f.relative_to(conf / 'task').with_suffix('')}" for f in (conf / "task").rglob("*.yaml")]
+    choices += [f"method={f.stem}" for f in (conf / "method").glob("*.yaml")]
+    choices += [f"model={f.stem}" for f in (conf / "model").glob("*.yaml") if f.stem not in ("causal_lm", "encoder")]
+    code = (
+        "import sys\nfrom hydra import compose, initialize_config_dir\nfrom omegaconf import OmegaConf\n"
+        "from velora.cli import conf_dir\n"
+        "with initialize_config_dir(str(conf_dir()), version_base='1.3'):\n"
+        "    for choice in sys.argv[1:]:\n"
+        "        raw = OmegaConf.to_container(compose('config', [choice]), resolve=True)\n"
+        "        assert raw['task']['name'] and raw['model']['name'], choice\n"
+        "print('composed', len(sys.argv) - 1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *choices], cwd=cli.folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip() == f"composed {len(choices)}", done.stderr[-2000:]
+
+
+def test_name_holds_what_changes_the_result():
+    raw = {"task": {"name": "glue/sst2"}, "model": {"name": "minilm"}, "method": {"name": "velora"}, "experiment": None}
+    assert default_name(raw, ["method=velora", "data.root=/some/where", "seed=3"]) == "glue_sst2-minilm-velora"
+    swept = default_name(raw, ["trainer.max_steps=3", "activations.sub_token_size=8"])
+    assert swept == "glue_sst2-minilm-velora-activations.sub_token_size=8-trainer.max_steps=3"
+    assert len(default_name(raw, [f"model.path=/{'x' * 300}"])) < 255
