@@ -224,7 +224,10 @@ def _choose(model: nn.Module, entries: list[str], roles: Roles, problems: list[s
     chosen: dict[int, _Chosen] = {}
     for name in sorted(found, key=order.__getitem__):
         by = tuple(entry for entry in patterns if any(matches(name, pattern) for pattern in patterns[entry]))
-        for inner_name, module in expand_container(name, found[name]):
+        stands_for = list(expand_container(name, found[name]))
+        if not stands_for:
+            problems.append(f"{name}: this {type(found[name]).__name__} holds no layer of an adapter")
+        for inner_name, module in stands_for:
             chosen.setdefault(id(module), _Chosen(inner_name, module, by, role_of(name, roles)))
         problems.extend(_variant_problems(name, found[name]))
     for layer in chosen.values():

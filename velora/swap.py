@@ -85,7 +85,7 @@ def replace_modules(
     raise_problems(problems)
     new_of = {id(found[name]): made[name] for name in found}
     for parent in list(model.modules()):
-        for attribute, child in list(parent.named_children()):
-            if id(child) in new_of:
+        for attribute, child in list(parent._modules.items()):  # unlike named_children, with all names of one module
+            if child is not None and id(child) in new_of:
                 setattr(parent, attribute, new_of[id(child)])
     return made
