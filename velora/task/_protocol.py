@@ -1,0 +1,32 @@
+"""How an epoch is chosen on VTAB-1k, and on tasks with the same four splits. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from velora.group import Phase
+
+Protocol = Literal["select_then_retrain", "best_on_test", "last"]
+
+PROTOCOLS: dict[Protocol, str] = {
+    "select_then_retrain": "epoch selected on the 200 validation images, then trained on all 1000, then tested",
+    "best_on_test": "best epoch on the TEST set, as the published repositories do; optimistic",
+    "last": "trained on all 1000 images and tested at the end; nothing selected",
+}
+
+
+def splits_of(protocol: Protocol) -> tuple[str, ...]:
+    """Names of the splits that a protocol reads."""
+    retrain = ("train800val200", "test")
+    return ("train800", "val200", *retrain) if protocol == "select_then_retrain" else retrain
+
+
+def phases(protocol: Protocol, splits: Mapping[str, Any]) -> list[Phase]:
+    """What is trained on and evaluated on, in order."""
+    if protocol == "select_then_retrain":
+        return [
+            Phase("select", splits["train800"], {"": splits["val200"]}),
+            Phase("retrain", splits["train800val200"], {"": splits["test"]}, stop_at_best_of="select"),
+        ]
+    return [Phase("train", splits["train800val200"], {"": splits["test"]})]

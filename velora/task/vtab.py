@@ -1,0 +1,117 @@
+"""VTAB-1k: nineteen image tasks with 1000 training images each (arXiv 1910.04867)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from velora.errors import ConfigError
+from velora.group import Head, Task, TaskData
+from velora.task._protocol import PROTOCOLS, Protocol, phases, splits_of
+
+if TYPE_CHECKING:
+    from velora.config import Config
+
+
+class VTAB(Task):
+    """One of the tasks, from image lists below data.root/vtab/<folder>, or from the hub's archive of all of them.
+
+    The folder holds train800.txt, val200.txt, train800val200.txt and test.txt, and where the number of classes is not the
+    official one (a subset such as dtd_subset10), classes.txt with a line per class.
+
+    `protocol`: "select_then_retrain", the benchmark's own; "best_on_test", which the published repositories of
+    SSF, Hydra, NOAH and FacT use; "last". `keep_decoded`: splits of up to so many images are kept decoded in memory.
+    """
+
+    kind: Literal["vtab"]
+    folder: str
+    group: Literal["natural", "specialized", "structured"]
+    num_classes: PositiveInt
+    protocol: Protocol
+    keep_decoded: NonNegativeInt
+    hub: str  # "<dataset repository>:<zip file>"
+
+    def problems(self, config: Config) -> Iterator[str]:
+        yield from super().problems(config)
+        if self.protocol == "last" and config.trainer.eval_every != "end":
+            yield f"task.protocol=last tests once, at the end, and trainer.eval_every={config.trainer.eval_every}; set it to end"
+        if config.data.root is not None and config.data.root.is_dir() and not self._folder(config.data.root).is_dir():
+            vtab = config.data.root / "vtab"
+            present = sorted(p.name for p in vtab.iterdir() if p.is_dir()) if vtab.is_dir() else []
+            yield (
+                f"task.folder={self.folder}: {self._folder(config.data.root)} does not exist; "
+                + (f"there are {', '.join(present)}" if present else f"{vtab} has no task folders")
+            )
+
+    def head(self, config: Config) -> Head:
+        folder = None if config.data.root is None else self._folder(config.data.root)
+        return Head("image_classification", num_labels=self._num_classes(folder))
+
+    def batch_shapes(self, batch_size: int, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+        from velora.task._images import image_batch_shapes
+
+        return image_batch_shapes(batch_size, config.model.image_size)  # type: ignore[attr-defined]
+
+    def load(self, preprocessor: Any, config: Config) -> TaskData:
+        from velora.task._images import describe_list, image_collate, image_split, read_list, top1
+
+        folder = self._folder(config.data.root) if config.data.root is not None else self._download()
+        num_classes = self._num_classes(folder)
+        splits, files = {}, {}
+        for name in splits_of(self.protocol):
+            listed = read_list(folder / f"{name}.txt", num_classes)
+            files[f"{name}.txt"] = describe_list(folder / f"{name}.txt", listed)
+            splits[name] = image_split(listed, preprocessor, self.keep_decoded)
+        about = {
+            "source": str(folder) if config.data.root is not None else self.hub,
+            "folder": self.folder,
+            "group": self.group,
+            "num_classes": num_classes,
+            "official_num_classes": self.num_classes,
+            "protocol": self.protocol,
+            "protocol_means": PROTOCOLS[self.protocol],
+            "split_files": files,
+            "preprocessing": preprocessor.describe(),
+        }
+        return TaskData(
+            phases=phases(self.protocol, splits),
+            collate=image_collate(preprocessor),
+            metrics=top1,
+            best_metric="accuracy",
+            greater_is_better=True,
+            unit="images",
+            about=about,
+        )
+
+    def _folder(self, root: Path) -> Path:
+        return root / "vtab" / self.folder
+
+    def _num_classes(self, folder: Path | None) -> int:
+        """Lines of classes.txt where it exists, else the official number."""
+        file = None if folder is None else folder / "classes.txt"
+        if file is None or not file.is_file():
+            return self.num_classes
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ConfigError(f"{file} is empty: it must hold one line per class, <label> <name>")
+        return len(lines)
+
+    def _download(self) -> Path:
+        """The task's folder out of the hub's archive, unpacked once beside it."""
+        from velora.hub import load
+        from velora.task._archive import unpack_folder
+
+        repository, _, name = self.hub.partition(":")
+
+        def fetch() -> str:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(repository, name, repo_type="dataset")
+
+        remedy = (
+            f"give data.root=DIR with vtab/{self.folder}/{{{','.join(splits_of(self.protocol))}}}.txt and its images"
+        )
+        return unpack_folder(Path(load(f"the archive {self.hub} (about 5 GB)", remedy, fetch)), self.folder)
