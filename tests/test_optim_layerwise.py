@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from velora.errors import ConfigError
+from velora.errors import ConfigError, Diverged
 from velora.optim import Flora, GaLoreAdamW, Lomo
 
 
@@ -38,6 +38,7 @@ def test_one_gradient_at_a_time(build):
     optimizer = build(model, layerwise=True)
     helpers.loss_of(model, helpers.batches(1)[0]).backward()
     assert alive == [1] * len(list(model.parameters()))
+    assert optimizer.peak_gradient_bytes == 24 * 12 * 4  # the largest matrix
     assert all(p.grad is None for p in model.parameters())
     optimizer.step()
 
@@ -69,6 +70,17 @@ def test_galore_accumulates_the_projected_gradient():
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         # float64: the sum of projections and the projection of the sum
         torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+
+
+def test_peak_of_the_gradients_under_accumulation():
+    """In the second of three passes everything waits: two low-rank sums, all vectors; and the larger full gradient arrives."""
+    model = helpers.tiny_network()
+    optimizer = galore(model, layerwise=True, accumulation_steps=3)
+    for batch in helpers.batches(3):
+        helpers.loss_of(model, batch).backward()
+    optimizer.step()
+    vectors = 24 + 24 + 24 + 6  # biases, and the norm's scale and shift
+    assert optimizer.peak_gradient_bytes == 4 * (24 * 4 + 4 * 24 + vectors + 24 * 12)
 
 
 def test_galore_takes_the_projector_from_the_first_micro_batch():
@@ -162,6 +174,15 @@ def test_clipping_without_the_first_pass_is_an_error():
     optimizer = Lomo(model.parameters(), max_grad_norm=1.0)
     with pytest.raises(RuntimeError, match=r"inside measure_norm\(\)"):
         helpers.loss_of(model, helpers.batches(1)[0]).backward()
+    del optimizer
+
+
+def test_a_gradient_that_is_not_finite_ends_the_backward_pass():
+    model = helpers.tiny_network()
+    optimizer = galore(model, layerwise=True)
+    inputs, targets = helpers.batches(1)[0]
+    with pytest.raises(Diverged, match="not finite"):
+        helpers.loss_of(model, (inputs / 0, targets)).backward()
     del optimizer
 
 

@@ -18,7 +18,6 @@ Adam's ε stands as in galore-torch, and as in section 2 of Adam's paper, outsid
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -27,10 +26,8 @@ from torch import Tensor
 
 from velora.errors import ConfigError
 from velora.optim.layerwise import LayerwiseOptimizer, refuse_sharded
+from velora.optim.quantised_state import BLOCK_SIZE, MIN_8BIT_SIZE, dynamic_map, require_8bit_kernels
 from velora.optim.subspace import Projector, derive_seed, leading_directions, project, project_back
-
-MIN_8BIT_SIZE = 4096  # smaller moments stay in fp32, and
-BLOCK_SIZE = 256  # entries of 8-bit moments share one scale: both as in bitsandbytes
 
 LOW_RANK_DEFAULTS: dict[str, Any] = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std", "svd": "exact"}
 
@@ -77,6 +74,8 @@ class GaLoreAdamW(LayerwiseOptimizer):
             param_group = {**LOW_RANK_DEFAULTS, **param_group}
         super().add_param_group(param_group)
         check_rank(self.param_groups[-1])
+        if self.param_groups[-1]["bits"] == 8:
+            require_8bit_kernels(self.param_groups[-1]["params"][0].device)
 
     def update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         compressed = self.compress(p, gradient, group, first=True)
@@ -142,8 +141,8 @@ class GaLoreAdamW(LayerwiseOptimizer):
             eps=group["eps"],
             step=state["step"],
             lr=lr,
-            qmap1=_dynamic_map(True, p.device),
-            qmap2=_dynamic_map(False, p.device),
+            qmap1=dynamic_map(True, p.device),
+            qmap2=dynamic_map(False, p.device),
             absmax1=state["exp_avg_absmax"],
             absmax2=state["exp_avg_sq_absmax"],
             weight_decay=weight_decay,
@@ -189,11 +188,3 @@ def check_rank(group: dict[str, Any]) -> None:
             raise ConfigError(f"rank={rank}: {label} is not a matrix; leave it to a group without a rank")
         if min(p.shape) < rank:
             raise ConfigError(f"rank={rank} is larger than the shorter side of {label}; choose at most {min(p.shape)}")
-
-
-@functools.cache
-def _dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values of bitsandbytes' dynamic 8-bit type; constants, so not part of any state."""
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map(signed=signed).to(device)

@@ -33,7 +33,8 @@ class LayerwiseOptimizer(ExactState):
     A subclass defines `update`, and where a gradient has a smaller form, `compress` and `update_compressed`.
 
     `accumulation_steps` is the number of backward passes of one step (only read when `layerwise`). `max_grad_norm` clips by
-    the norm of all gradients together, when `layerwise`; otherwise clip `p.grad` as usual. Backward passes that are not part
+    the norm of all gradients together, when `layerwise`; otherwise clip `p.grad` as usual. `peak_gradient_bytes` is the most
+    that gradients took at one time, as seen by the hooks (0 without them): by the time of `step()` most are gone. Backward passes that are not part
     of the training (a measurement, say) must run before this object exists or after `remove_hooks()`.
 
     Raises ConfigError for settings that cannot work: accumulation with clipping, several processes (the hook would see a
@@ -66,8 +67,10 @@ class LayerwiseOptimizer(ExactState):
         self.layerwise = layerwise
         self.accumulation_steps = accumulation_steps
         self.max_grad_norm = max_grad_norm
+        self.peak_gradient_bytes = 0
         self._arrivals: dict[Tensor, int] = {}
         self._held: dict[Tensor, Tensor] = {}
+        self._waiting_bytes: dict[Tensor, int] = {}
         self._group_of: dict[Tensor, int] = {}
         self._handles: list[Any] = []
         self._squared_norms: list[Tensor] | None = None
@@ -119,6 +122,7 @@ class LayerwiseOptimizer(ExactState):
         super().zero_grad(set_to_none)
         self._held.clear()
         self._arrivals.clear()
+        self._waiting_bytes.clear()
 
     def held_gradients(self) -> dict[Tensor, Tensor]:
         """What waits for further micro-batches in compressed form, by parameter: gradient memory that is not in `p.grad`."""
@@ -149,6 +153,7 @@ class LayerwiseOptimizer(ExactState):
             return
         if self.max_grad_norm is not None and self._factor is None:
             raise RuntimeError("max_grad_norm is set: each step needs a first backward pass inside measure_norm()")
+        self._count_bytes(p)
         group = self.param_groups[self._group_of[p]]
         count = self._arrivals[p] = self._arrivals.get(p, 0) + 1
         if count > self.accumulation_steps:
@@ -161,18 +166,28 @@ class LayerwiseOptimizer(ExactState):
         if count == self.accumulation_steps:
             self._apply(p, group)
 
+    def _count_bytes(self, p: Tensor) -> None:
+        """Before anything happens to a gradient: what waits, and this one. One that waits in `p.grad` is the same tensor."""
+        waiting = sum(self._waiting_bytes.values())
+        if p in self._waiting_bytes and p not in self._held:
+            waiting -= self._waiting_bytes[p]
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, waiting + p.grad.nbytes)
+
     def _hold(self, p: Tensor, group: dict[str, Any], *, first: bool) -> None:
         compressed = self.compress(p, p.grad, group, first=first)
-        if compressed is None:
-            return  # it accumulates in p.grad, as autograd does anyway
+        if compressed is None:  # it accumulates in p.grad, as autograd does anyway
+            self._waiting_bytes[p] = p.grad.nbytes
+            return
         p.grad = None
         if first:
             self._held[p] = compressed
+            self._waiting_bytes[p] = compressed.nbytes
         else:
             self._held[p].add_(compressed)
 
     def _apply(self, p: Tensor, group: dict[str, Any]) -> None:
         held = self._held.pop(p, None)
+        self._waiting_bytes.pop(p, None)
         if held is not None:
             self.update_compressed(p, held, group)
         elif p.grad is not None:

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, distributed
 
+from velora.errors import Diverged
+
 ProjectionType = Literal["std", "reverse_std", "left", "right", "full"]
 Svd = Literal["exact", "randomized"]
 Projector = tuple[Tensor | None, Tensor | None]
@@ -43,12 +45,10 @@ def leading_directions(gradient: Tensor, rank: int, proj_type: ProjectionType, s
     its test matrix drawn from `seed`. Computed in at least fp32. The factors are copies: a slice of the SVD's output would
     keep the whole M x min(M, D) or min(M, D) x D factor alive. Under data parallelism all ranks get rank 0's.
 
-    Raises FloatingPointError for a gradient that is not finite (the SVD would fail or return nonsense).
+    Raises Diverged for a gradient that is not finite (the SVD would fail or return nonsense).
     """
     if not torch.isfinite(gradient).all():
-        raise FloatingPointError(
-            f"the gradient of a {tuple(gradient.shape)} weight is not finite, it has no singular directions"
-        )
+        raise Diverged(f"the gradient of a {tuple(gradient.shape)} weight is not finite, it has no singular directions")
     matrix = gradient if gradient.dtype == torch.float64 else gradient.float()
     if svd == "exact":
         u, _, vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,0 +1,72 @@
+"""Parameter groups for GaLore and FLoRA: the matrices that get a rank, and all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from velora.errors import ConfigError
+from velora.optim.groups import weight_decay_groups
+from velora.roles import ROLES, Roles, resolve_roles
+from velora.swap import find_modules, module_names, raise_problems
+
+
+def low_rank_groups(
+    model: nn.Module,
+    layers: Sequence[str] | None,
+    rank: float,
+    weight_decay: float,
+    *,
+    roles: Roles | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters: the weights of `layers`, with their rank and `options`, before the others.
+
+    `layers` are roles or patterns of module names; None stands for every layer that plays a role. A `rank` below 1 is a
+    fraction of each matrix's shorter side, rounded down. ConfigError names every layer that cannot have the rank.
+    """
+    names = module_names(model)
+    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
+    resolved = resolve_roles(names, roles, declared)
+    entries = list(resolved) if layers is None else list(layers)
+    unknown = [entry for entry in entries if entry in ROLES and entry not in resolved]
+    if not entries or unknown:
+        known = f"its roles are {', '.join(resolved)}" if resolved else "its architecture is not in velora/roles.py"
+        raise ConfigError(
+            f"optimizer.layers={layers}: {type(model).__name__} has no {', '.join(unknown) or 'roles'}; {known}; "
+            "name roles or patterns of module names, or set model.roles"
+        )
+    found = find_modules(model, [pattern for entry in entries for pattern in resolved.get(entry, [entry])])
+    raise_problems([sentence for name, module in found.items() if (sentence := _problem(name, module, rank))])
+    by_rank: dict[int, list[nn.Parameter]] = {}
+    for module in found.values():
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        same_rank = by_rank.setdefault(_rank_of(weight, rank), [])
+        if not any(weight is other for other in same_rank):  # tied weights stand once
+            same_rank.append(weight)
+    chosen = {id(p) for params in by_rank.values() for p in params}
+    rest = weight_decay_groups(model, weight_decay)
+    for group in rest:
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+    low_rank = [{"params": params, "weight_decay": weight_decay, "rank": r, **options} for r, params in by_rank.items()]
+    return [*low_rank, *(group for group in rest if group["params"])]
+
+
+def _rank_of(weight: nn.Parameter, rank: float) -> int:
+    return int(rank * min(weight.shape)) if rank < 1 else int(rank)
+
+
+def _problem(name: str, module: nn.Module, rank: float) -> str | None:
+    weight = getattr(module, "weight", None)
+    if not (isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad):
+        return f"optimizer.layers: {name} ({type(module).__name__}) has no weight matrix of its own that trains"
+    resulting = _rank_of(weight, rank)
+    if not 1 <= resulting <= min(weight.shape):
+        return (
+            f"optimizer.rank={rank} is rank {resulting} for {name} of shape {tuple(weight.shape)}; "
+            f"it must be between 1 and {min(weight.shape)}"
+        )
+    return None
