@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
@@ -112,3 +112,28 @@ class AllocationTracker(TorchDispatchMode):
         excluded = storage_keys(list(apart_from))
         sizes = {key: alive_bytes(reference) for key, reference in self.allocated.items() if key not in excluded}
         return {key: num_bytes for key, num_bytes in sizes.items() if num_bytes is not None}
+
+
+def model_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, and the tensors that quantised parameters keep in attributes (scales, code books)."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield from plain_tensors(tensor)
+        yield from _attribute_tensors(vars(tensor))
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor that an optimizer's state refers to, however deep."""
+    yield from _attribute_tensors(dict(enumerate(optimizer.state.values())))
+
+
+def _attribute_tensors(values: Any, depth: int = 4) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield from plain_tensors(values)
+    elif depth and isinstance(values, dict):
+        for value in values.values():
+            yield from _attribute_tensors(value, depth - 1)
+    elif depth and isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _attribute_tensors(value, depth - 1)
+    elif depth and hasattr(values, "__dict__") and not isinstance(values, (type, nn.Module)) and not callable(values):
+        yield from _attribute_tensors(vars(values), depth - 1)

@@ -34,8 +34,10 @@ class LayerwiseOptimizer(ExactState):
 
     `accumulation_steps` is the number of backward passes of one step (only read when `layerwise`). `max_grad_norm` clips by
     the norm of all gradients together, when `layerwise`; otherwise clip `p.grad` as usual. `peak_gradient_bytes` is the most
-    that gradients took at one time, as seen by the hooks (0 without them): by the time of `step()` most are gone. Backward passes that are not part
-    of the training (a measurement, say) must run before this object exists or after `remove_hooks()`.
+    that gradients took at one time, as the hooks saw it (0 without them): by the time of `step()` most are gone.
+
+    Backward passes that are not part of the training (a measurement, say) must run before this object exists or after
+    `remove_hooks()`.
 
     Raises ConfigError for settings that cannot work: accumulation with clipping, several processes (the hook would see a
     gradient before it is averaged), sharded parameters.
