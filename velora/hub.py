@@ -1,0 +1,93 @@
+"""Loading from the model hub, so that a failure is one sentence within seconds.
+
+The hub's client retries a lost connection for about half a minute per file. Here one short request asks first whether
+the hub answers at all; if it does not, the client works from its cache alone and a miss fails at once. Whatever goes wrong then
+becomes a ConfigError that says which key points to local files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from velora.errors import ConfigError
+
+T = TypeVar("T")
+
+PROBE_SECONDS = 4.0
+
+
+def load(what: str, remedy: str, function: Callable[[], T], *, local: bool = False) -> T:
+    """The result of `function`, which reads from the hub, its cache or a local folder (`local`: the hub is not asked).
+
+    `what` names the thing and its key ("model.path=roberta-base"), `remedy` what the user can do instead ("give
+    model.path=DIR, a folder with a checkpoint"). ConfigError where the hub cannot be reached, does not have it or does not give it.
+    """
+    reached = not local and _hub_answers()
+    try:
+        with contextlib.nullcontext() if reached else _offline():
+            return function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = _reason(error, reached)
+        if reason is None:
+            raise
+        raise ConfigError(f"{what} cannot be loaded: {reason}; {remedy}") from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub gives any answer within `PROBE_SECONDS`; proxies, mirrors and offline mode are the client's settings."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
+    except Exception:  # the client's errors are those of its HTTP library, which differs between versions
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """The hub's clients read only their cache; the earlier setting comes back at the end."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _reason(error: BaseException, reached: bool) -> str | None:
+    """What went wrong, in words; None for an error that has nothing to do with where files are (a bug shows as a bug)."""
+    from huggingface_hub import errors
+
+    chain = list(_causes(error))
+    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in str(error):
+        return "it is gated: accept its licence on the hub and set HF_TOKEN"
+    names = {c.__name__ for e in chain for c in type(e).__mro__}
+    if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:
+        return "the hub has nothing of that name, or it is private"
+    if not isinstance(error, OSError | ValueError) and not names & {"HTTPError", "EntryNotFoundError"}:
+        return None
+    connection = {"ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}
+    if not reached and names & connection:
+        return "the hub cannot be reached from this machine, and there is no copy in its cache"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

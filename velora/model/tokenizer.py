@@ -1,0 +1,125 @@
+"""Which tokenizer belongs to a text model, and where its files come from.
+
+The first of these that applies: `model.tokenizer=byte` (one token a byte, no files); the folder
+`data.root/tokenizers/<model.tokenizer_folder>`; `model.tokenizer` as a local folder; `model.tokenizer` as a hub name.
+
+A folder may hold a complete tokenizer as transformers saves it, or only the vocabulary as it was published (`vocab.json` and
+`merges.txt`, `spiece.model`, `tokenizer.model`, `vocab.txt`). The second says nothing about the special tokens around
+a text, so each file name stands for the family that published it: RoBERTa, T5, LLaMA, BERT. For LLaMA the merges are made here
+from the scores of the sentencepiece model, since transformers 5 orders them by id, which splits double blanks otherwise
+than sentencepiece does.
+
+Padding. Labels and losses are masked by the true length of a text, never by comparing with the padding token, so any
+token serves. LLaMA has none of its own; its unknown token (id 0) is used, not its end token: transformers
+freezes the embedding of the padding token, and the end token must train.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from velora.errors import ConfigError
+from velora.hub import load
+
+if TYPE_CHECKING:
+    from velora.config import Config
+
+COMPLETE = ("tokenizer.json", "tokenizer_config.json")
+VOCABULARIES = ("vocab.json and merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")
+
+
+def tokenizer(config: Config) -> Any:
+    """The tokenizer of `config.model`, with a padding token; ConfigError where its files are missing or of no known form."""
+    model: Any = config.model
+    if model.tokenizer == "byte":
+        return byte_tokenizer()
+    folder = local_folder(config)
+    if folder is not None:
+        return from_folder(folder)
+    return with_padding(_from_hub(model.tokenizer, model.tokenizer_folder))
+
+
+def local_folder(config: Config) -> Path | None:
+    """The folder that the tokenizer is read from, or None if the hub is asked."""
+    model: Any = config.model
+    if config.data.root is not None and model.tokenizer_folder is not None:
+        folder = config.data.root / "tokenizers" / model.tokenizer_folder
+        if folder.is_dir():
+            return folder
+    return Path(model.tokenizer) if Path(model.tokenizer).is_dir() else None
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte of UTF-8: id = byte + 3, with padding 0, end 1 and unknown 2 as in ByT5; 259 tokens."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer(extra_ids=0)
+
+
+def from_folder(folder: Path) -> Any:
+    """The tokenizer of a local folder; nothing is asked of the hub."""
+    import transformers
+
+    present = {path.name for path in folder.iterdir()}
+    if present & set(COMPLETE):
+        make: Any = lambda: transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # noqa: E731
+    elif {"vocab.json", "merges.txt"} <= present:
+        make = lambda: transformers.RobertaTokenizer.from_pretrained(str(folder))  # noqa: E731
+    elif "spiece.model" in present:
+        make = lambda: transformers.T5Tokenizer.from_pretrained(str(folder), extra_ids=0)  # noqa: E731
+    elif "tokenizer.model" in present:
+        make = lambda: llama_tokenizer(folder / "tokenizer.model")  # noqa: E731
+    elif "vocab.txt" in present:
+        make = lambda: transformers.BertTokenizer.from_pretrained(str(folder))  # noqa: E731
+    else:
+        raise ConfigError(
+            f"the tokenizer folder {folder} has neither {' nor '.join(COMPLETE)} nor a vocabulary "
+            f"({', '.join(VOCABULARIES)}); give model.tokenizer=DIR, a folder that has"
+        )
+    remedy = "give model.tokenizer=DIR, a folder with a whole one"
+    return with_padding(load(f"the tokenizer in {folder}", remedy, make, local=True))
+
+
+def llama_tokenizer(file: Path) -> Any:
+    """LLaMA's tokenizer from its sentencepiece model alone: the same ids as sentencepiece, after a begin token (id 1)."""
+    from sentencepiece import SentencePieceProcessor
+    from tokenizers import normalizers
+    from transformers import LlamaTokenizer
+
+    pieces = SentencePieceProcessor(model_file=str(file))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    mergeable = {
+        p: i for p, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+    }
+    merges = [
+        (pieces.get_score(i), i, piece[:cut], piece[cut:])
+        for piece, i in mergeable.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in mergeable and piece[cut:] in mergeable
+    ]
+    merges.sort(key=lambda merge: (-merge[0], merge[1], mergeable[merge[2]], mergeable[merge[3]]))
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[(m[2], m[3]) for m in merges], add_bos_token=True)
+    # As sentencepiece: a blank goes before the text whatever it begins with.
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    return tokenizer
+
+
+def with_padding(tokenizer: Any) -> Any:
+    """The same tokenizer; one without a padding token gets its unknown token for it, or its end token if it has none."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _from_hub(name: str, tokenizer_folder: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    remedy = "give model.tokenizer=DIR, a folder with its files"
+    if tokenizer_folder is not None:
+        remedy += f", or data.root=DIR with tokenizers/{tokenizer_folder} in it"
+    return load(f"model.tokenizer={name}", remedy, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
