@@ -1,0 +1,138 @@
+"""What the device really used in some training steps, term by term and phase by phase.
+
+The split comes from a `Timeline` on real tensors, on any device. On CUDA the allocator's own peaks stand beside it, read
+and reset at each change of phase, and what they have more is stated as unexplained. On the CPU no allocator can be asked,
+so the timeline is the measurement, and the resident size of the process stands beside it.
+
+Measuring costs time: Python runs at every operator, and a small model on the CPU takes two to ten times as long. So
+the meter is for a few steps of their own, never for a run whose speed is reported. It changes neither values nor random
+numbers, and it never calls `empty_cache`: what it sees is what the run would do without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from velora.memory.figures import SHORT_OF_PHASE, MemoryFigures, figures_of
+from velora.memory.timeline import Timeline
+
+CUDA_BLOCK_BYTES = 512  # the caching allocator's smallest step
+
+
+class Meter:
+    """Measures the training steps that run while `measuring()` is entered, in whatever loop runs them.
+
+        meter = Meter(model)
+        with meter.measuring(optimizer):
+            ...one warm-up step and at least one more...
+        print(meter.figures)
+
+    `model` is on its device already. The optimizer may be given later, by `meter.timeline.follow(optimizer)`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next(model.parameters()).device
+        block = CUDA_BLOCK_BYTES if self.device.type == "cuda" else 1
+        self.timeline = Timeline(model, self.device.type, block, self._on_phase)
+        self._device_peaks: dict[str, dict[str, int]] = {}
+        self._phase = "load"
+        self._num_forwards = 0
+        self._after_load_bytes = 0
+        self._process = psutil.Process()
+        self._rss_bytes = 0
+        self._figures: MemoryFigures | None = None
+
+    @contextmanager
+    def measuring(self, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+        self._reset_device_peaks()
+        with self.timeline.watch():
+            self._after_load_bytes = self.timeline.live_bytes
+            if optimizer is not None:
+                self.timeline.follow(optimizer)
+            yield
+        self._on_phase("end")
+        rss = self._rss_bytes if self.device.type == "cpu" else None
+        self._figures = figures_of(
+            self.timeline, "metered", _name_of(self.device), self._num_forwards, self._after_load_bytes,
+            self._device_peaks, rss,
+        )  # fmt: skip
+
+    @property
+    def figures(self) -> MemoryFigures:
+        assert self._figures is not None, "the figures are there when the measurement has ended"
+        return self._figures
+
+    def _on_phase(self, phase: str) -> None:
+        """Close the books of the phase that ends; `phase` begins."""
+        self._rss_bytes = max(self._rss_bytes, self._process.memory_info().rss)
+        if self.device.type == "cuda":
+            ended = self._device_peaks.setdefault(SHORT_OF_PHASE[self._phase], {"allocated": 0, "reserved": 0})
+            ended["allocated"] = max(ended["allocated"], torch.cuda.max_memory_allocated(self.device))
+            ended["reserved"] = max(ended["reserved"], torch.cuda.max_memory_reserved(self.device))
+            self._reset_device_peaks()
+        self._num_forwards += phase == "forward"
+        self._phase = phase
+
+    def _reset_device_peaks(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def training_steps(
+    model: nn.Module,
+    micro_batches: Sequence[Callable[[], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_steps: int = 2,
+    max_grad_norm: float | None = None,
+    after_step: Callable[[nn.Module], Any] = lambda _model: None,
+    timeline: Timeline | None = None,
+) -> None:
+    """Plain training steps, in the order in which transformers' Trainer does things.
+
+    Each of `micro_batches` computes one loss; their mean is what a step follows. The second step is the first one with
+    the optimizer's state in place.
+    """
+    for _ in range(num_steps):
+        for forward in micro_batches:
+            loss = forward()
+            if timeline is not None:
+                timeline.forward_ended(loss)
+            (loss / len(micro_batches) if len(micro_batches) > 1 else loss).backward()
+            del loss
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        after_step(model)
+        if timeline is not None:
+            timeline.settle()
+        model.zero_grad()
+
+
+def measure_steps(
+    model: nn.Module,
+    micro_batches: Sequence[Callable[[], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    num_steps: int = 2,
+    max_grad_norm: float | None = None,
+    after_step: Callable[[nn.Module], Any] = lambda _model: None,
+) -> MemoryFigures:
+    """Run and measure real training steps (the weights change): one to warm up and `num_steps` - 1 more."""
+    meter = Meter(model)
+    with meter.measuring(optimizer):
+        training_steps(
+            model, micro_batches, optimizer,
+            num_steps=num_steps, max_grad_norm=max_grad_norm, after_step=after_step, timeline=meter.timeline,
+        )  # fmt: skip
+    return meter.figures
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
