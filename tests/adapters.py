@@ -1,0 +1,81 @@
+"""What the tests of the adapters share: values of the config groups, tiny networks of the three families, batches."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import tiny
+import torch
+from torch import Tensor, nn
+
+from velora.adapter.hydra import Hydra
+from velora.adapter.lora import LoRA
+from velora.adapter.ssf import SSFAdapter
+from velora.weights.dense import Dense
+from velora.weights.nf4 import NF4
+
+FAMILIES = ("llama", "roberta", "vit")
+
+
+def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Any:
+    """As much of a run's configuration as an adapter reads."""
+    return SimpleNamespace(
+        seed=seed, model=SimpleNamespace(name="tiny", roles=None), task=SimpleNamespace(name=task), **parts
+    )
+
+
+def lora(**changes: Any) -> LoRA:
+    keys = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["value", "down"], "init": "default", "also_train": []}
+    return LoRA(kind="lora", **(keys | changes))
+
+
+def ssf(**changes: Any) -> SSFAdapter:
+    return SSFAdapter(kind="ssf", **({"targets": None, "also_train": []} | changes))
+
+
+def hydra(**changes: Any) -> Hydra:
+    keys = {
+        "rank": 2, "scale": 0.5, "dropout": 0.0, "targets": ["output", "down"], "per_task": {}, "also_train": [],
+    }  # fmt: skip
+    return Hydra(kind="hydra", **(keys | changes))
+
+
+def dense(dtype: str = "fp32") -> Dense:
+    return Dense(kind="dense", dtype=dtype)
+
+
+def nf4(**changes: Any) -> NF4:
+    keys = {"quant_type": "nf4", "double_quant": True, "dtype": "fp32", "compute_dtype": None}
+    return NF4(kind="nf4", **(keys | changes))
+
+
+def network(family: str) -> nn.Module:
+    return {"llama": tiny.tiny_llama, "roberta": tiny.tiny_roberta, "vit": tiny.tiny_vit}[family]()
+
+
+def batch(family: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    if family == "vit":
+        return {"x": tiny.image_batch().to(dtype)}
+    return tiny.token_batch(num_labels=2 if family == "roberta" else None)
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    output = model(**inputs)
+    return output.square().mean() if isinstance(output, Tensor) else output.loss
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def perturb(model: nn.Module, seed: int = 1, size: float = 0.05) -> None:
+    """Move everything that trains, as training would; many adapters start as the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in trained(model).values():
+        parameter.data.add_(size * torch.randn(parameter.shape, generator=generator))
