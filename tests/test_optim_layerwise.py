@@ -170,8 +170,14 @@ def test_clipping_by_the_global_norm(scale):
 
 
 def test_clipping_without_the_first_pass_is_an_error():
+    """In every step: the norm of the step before does not serve."""
     model = helpers.tiny_network()
     optimizer = Lomo(model.parameters(), max_grad_norm=1.0)
+    loss = helpers.loss_of(model, helpers.batches(1)[0])
+    with optimizer.measure_norm():
+        loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
     with pytest.raises(RuntimeError, match=r"inside measure_norm\(\)"):
         helpers.loss_of(model, helpers.batches(1)[0]).backward()
     del optimizer
