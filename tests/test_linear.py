@@ -347,9 +347,13 @@ def test_training_without_a_direction_is_refused_until_there_is_one():
     _, calibrated = pair()
     layer.load_state_dict(calibrated.state_dict())
     layer(x).sum().backward()
-    layer.reset_parameters()
-    with pytest.raises(RuntimeError, match="has no direction yet"):
-        layer(x)
+    for forget in (
+        layer.reset_parameters,
+        lambda: layer.load_state_dict(VeloraLinear(D, M, num_groups=G).state_dict()),
+    ):
+        forget()
+        with pytest.raises(RuntimeError, match="has no direction yet"):
+            layer(x)
     layer.direction.copy_(calibrated.direction)  # as an in-place checkpoint loader does it
     layer(x).sum().backward()
 

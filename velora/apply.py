@@ -146,10 +146,10 @@ def remove_velora(model: nn.Module) -> None:
 def calibrate(model: nn.Module, batch: Any) -> None:
     """Set the direction of every VeLoRA layer from one batch, by one forward without gradient.
 
-    The forward runs in the model's present mode (in training mode after dropout, as the layers will see their inputs) and
-    leaves no trace: random states and buffers are restored, the output is dropped. With torch.distributed initialised all
-    ranks must call it, each with its own batch: the directions come from the sub-tokens of all. Random directions
-    need no forward. Calling it again computes the directions anew.
+    The forward runs in the model's present mode (in training mode after dropout, as the layers will see their inputs)
+    and leaves no trace: random states (CPU, CUDA, XPU) and buffers are restored, the output is dropped. With
+    torch.distributed initialised all ranks must call it, each with its own batch: the directions come from the sub-tokens
+    of all. Random directions need no forward. Calling it again computes the directions anew.
 
     Args:
         batch: what one forward takes, on the model's device: a mapping (keyword arguments), a tuple or list (positional
@@ -297,9 +297,9 @@ def _observing(layers: dict[str, VeloraTwin], gathered: dict[str, SubTokenStatis
 @contextmanager
 def _without_a_trace(model: nn.Module) -> Iterator[None]:
     """Restore random states and buffers (batch norm's, in training mode) at the end."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    devices = {p.device for p in model.parameters() if p.device.type in ("cuda", "xpu")}
     kind = next(iter(devices)).type if devices else "cuda"
-    indices = sorted(d.index for d in devices if d.index is not None)
+    indices = sorted(device.index for device in devices)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=indices, device_type=kind):
         try:
