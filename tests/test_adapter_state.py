@@ -33,7 +33,9 @@ def test_merged_network_is_plain_and_has_the_same_outputs(name, family, weights)
     apply_velora(model, VELORA_LAYERS[name], sub_token_size=8)
     calibrate(model, inputs)
     before = adapters.logits(model.eval(), inputs)
-    unadapted = adapters.logits(getattr(adapters, weights)().apply(adapters.network(family), adapters.config()).eval(), inputs)
+    unadapted = adapters.logits(
+        getattr(adapters, weights)().apply(adapters.network(family), adapters.config()).eval(), inputs
+    )
     assert (before - unadapted).abs().max() > 1e-3  # there is something to merge
     merged = merge_adapter(model)
     # float32: one rounding of each folded weight, through two blocks of outputs of size about 1
@@ -49,7 +51,9 @@ def test_merging_in_bfloat16_rounds_once():
     inputs = adapters.batch("llama")
     before = adapters.logits(model.eval(), inputs).float()
     after = adapters.logits(merge_adapter(model), inputs).float()
-    torch.testing.assert_close(after, before, rtol=0, atol=2**-7 * float(before.detach().abs().max()) * 2)  # 8 bits of mantissa
+    torch.testing.assert_close(
+        after, before, rtol=0, atol=2**-7 * float(before.detach().abs().max()) * 2
+    )  # 8 bits of mantissa
 
 
 @pytest.mark.parametrize("family", adapters.FAMILIES)
@@ -108,7 +112,9 @@ def test_linear_probe_saves_its_head(tmp_path):
 def test_files_of_another_adapter_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds no adapter_model\.safetensors"):
         load_adapter(adapted("llama", "lora"), tmp_path)
-    save_adapter(adapted("llama", "hydra"), tmp_path)  # 4 layers of 8 parameters; SSF has 14 layers of 2 and 5 norms of 1
+    save_adapter(
+        adapted("llama", "hydra"), tmp_path
+    )  # 4 layers of 8 parameters; SSF has 14 layers of 2 and 5 norms of 1
     with pytest.raises(ConfigError, match="belongs to another adapter or network: 65 of its parameters"):
         load_adapter(adapted("llama", "ssf"), tmp_path)
     with pytest.raises(ConfigError, match="another adapter or network"):

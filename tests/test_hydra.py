@@ -75,7 +75,9 @@ def test_places_and_what_trains():
     for family, names in {
         "vit": PLACES,
         "llama": [f"model.layers.{i}.{n}" for i in range(2) for n in ("self_attn.o_proj", "mlp.down_proj")],
-        "roberta": [f"roberta.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.output.dense", "output.dense")],
+        "roberta": [
+            f"roberta.encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.output.dense", "output.dense")
+        ],
     }.items():
         model = adapted(family)
         assert [name for name, module in model.named_modules() if isinstance(module, HydraLinear)] == names

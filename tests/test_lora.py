@@ -57,7 +57,11 @@ def test_the_seed_decides_and_the_global_state_stays():
 
 def test_targets_are_roles_or_patterns():
     model = adapters.lora(targets=["query", "layers.1.mlp.*_proj"]).apply(adapters.network("llama"), adapters.config())
-    found = {name.split(".lora_A")[0].removeprefix("base_model.model.model.") for name in adapters.trained(model) if "lora_A" in name}
+    found = {
+        name.split(".lora_A")[0].removeprefix("base_model.model.model.")
+        for name in adapters.trained(model)
+        if "lora_A" in name
+    }
     assert found == {
         "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj",
         "layers.1.mlp.gate_proj", "layers.1.mlp.up_proj", "layers.1.mlp.down_proj",
@@ -76,9 +80,13 @@ def test_also_train_adds_whole_modules():
 
 
 def test_half_precision_base_has_float32_adapters_and_a_float32_head():
-    model = adapters.lora().apply(adapters.dense("bf16").apply(adapters.network("vit"), adapters.config()), adapters.config())
+    model = adapters.lora().apply(
+        adapters.dense("bf16").apply(adapters.network("vit"), adapters.config()), adapters.config()
+    )
     assert {p.dtype for p in adapters.trained(model).values()} == {torch.float32}
-    assert {p.dtype for n, p in model.named_parameters() if not p.requires_grad and ".head." not in n} == {torch.bfloat16}
+    assert {p.dtype for n, p in model.named_parameters() if not p.requires_grad and ".head." not in n} == {
+        torch.bfloat16
+    }
     output = model(adapters.batch("vit", torch.bfloat16)["x"])
     assert output.dtype == torch.float32
     output.sum().backward()

@@ -146,7 +146,9 @@ def test_a_norm_that_is_not_a_factor_is_refused_when_merging():
 
 def test_targets():
     model = adapted(targets=["value", "norm2"])
-    assert [n for n, m in model.named_modules() if isinstance(m, SSF)] == [p for p in PLACES if "qkv" in p or "norm2" in p]
+    assert [n for n, m in model.named_modules() if isinstance(m, SSF)] == [
+        p for p in PLACES if "qkv" in p or "norm2" in p
+    ]
     with pytest.raises(ConfigError, match="blocks.0.mlp.act: a GELU takes no scale and shift"):
         adapted(targets=["mlp.act"])
 
