@@ -90,7 +90,7 @@ def test_value_files_import_no_torch(tmp_path):
         "from velora.config import GROUPS\n"
         "for group in GROUPS:\n"
         "    package = importlib.import_module('velora.' + group)\n"
-        "    for module in pkgutil.iter_modules(package.__path__):\n"
+        "    for module in (m for m in pkgutil.iter_modules(package.__path__) if m.name[0] != '_'):\n"
         "        importlib.import_module(f'velora.{group}.{module.name}')\n"
         "print({'torch', 'transformers', 'timm', 'peft'} & set(sys.modules) or 'light')\n"
     )

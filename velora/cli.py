@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from velora.config import Config, unknown_key, validate
+from velora.config import Config, unknown_key, unknown_value, validate
 from velora.errors import ConfigError, RunError
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
@@ -142,10 +142,14 @@ def _sentence(error: Exception) -> str:
     """Hydra's and OmegaConf's own messages, cut to what names the key, the value and the choices."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
-    if missing := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
+    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, value = missing.groups()
-        options = [line for line in lines[2:] if "=" not in line and not line.endswith(":")]
-        return f"{group}={value} is not known; it is one of {', '.join(options)}"
+        listed = [
+            line for line in lines[2:] if "=" not in line and not line.endswith(":")
+        ]  # a user's own are among them
+        shipped = conf_dir() / group
+        known = {str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")}
+        return unknown_value(group, value, sorted(known | ({*listed} if "/" not in value else set())))
     if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return f"{mandatory.group(1)} has no value; give {mandatory.group(1)}=..."
     if unknown := re.search(r"Could not override '([\w./@-]+)'", text) or re.search(r"full_key: ([\w.]+)", str(error)):

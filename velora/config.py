@@ -223,6 +223,12 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"{key} is not a key; known keys here: {', '.join(known)}"
 
 
+def unknown_value(group: str, value: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]}? It" if close else "it"
+    return f"{group}={value} is not known; {hint} is one of {', '.join(known)}"
+
+
 def _listing(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
