@@ -65,7 +65,7 @@ class Manual(Task):
             phases=[Phase("train", blocks["train"], {"": blocks["validation"]})],
             collate=lambda sequences: lm.collate(sequences, preprocessor.pad_token_id, masked=False),
             metrics=lambda sequences, labels: lm.scores(sequences, self.published_eval_batch_size),
-            best_metric="loss",
+            best_metric="perplexity",
             greater_is_better=False,
             unit="tokens",
             reduce_logits=lm.sequence_losses,
