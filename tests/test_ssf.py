@@ -149,7 +149,7 @@ def test_targets():
     assert [n for n, m in model.named_modules() if isinstance(m, SSF)] == [
         p for p in PLACES if "qkv" in p or "norm2" in p
     ]
-    with pytest.raises(ConfigError, match="blocks.0.mlp.act: a GELU takes no scale and shift"):
+    with pytest.raises(ConfigError, match=r"blocks\.0\.mlp\.act: a GELU takes no scale and shift"):
         adapted(targets=["mlp.act"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -65,6 +65,8 @@ class ViT(Model):
         from velora.model._images import ImageTransform
 
         self._check_name()
+        if self.pretrained and self.path is None:
+            self._fetch(get_pretrained_cfg(self.timm_name))
         found = resolve_data_config(pretrained_cfg=get_pretrained_cfg(self.timm_name).to_dict())
         mean, std = {"timm": (found["mean"], found["std"]), "imagenet": _IMAGENET, "none": _NONE}[self.normalization]
         return ImageTransform(self.image_size, found["interpolation"], tuple(mean), tuple(std))
@@ -90,10 +92,21 @@ class ViT(Model):
             vit = create(False)
             self._load_file(vit)
             return ImageClassifier(vit)
+        return ImageClassifier(self._from_hub(lambda: create(True)))
+
+    def _from_hub(self, function: Callable[[], Any]) -> Any:
         from velora.hub import load
 
         what = f"the weights {self.timm_name} of model={self.name}"
-        return ImageClassifier(load(what, "give model.path=FILE (.safetensors or .npz)", lambda: create(True)))
+        return load(what, "give model.path=FILE (.safetensors or .npz)", function)
+
+    def _fetch(self, published: Any) -> None:
+        """Have the weights in the hub's cache, or fail now and not after the images have been read."""
+        from huggingface_hub import snapshot_download
+
+        if published.hf_hub_id:
+            kinds = ["*.safetensors", "*.json"]
+            self._from_hub(lambda: snapshot_download(published.hf_hub_id, allow_patterns=kinds))
 
     def _check_name(self) -> None:
         from timm.models import is_model

@@ -50,8 +50,11 @@ def quantise_linear(
         linear.weight.detach(),  # (M, D)
         requires_grad=False, compress_statistics=double_quant, quant_type=quant_type, module=layer,
     )  # fmt: skip
-    worker = torch.device("cuda") if torch.cuda.is_available() else linear.weight.device
-    layer.weight = weight.to(worker).to(linear.weight.device)
+    if linear.weight.is_meta:  # an estimate: codes and scales of the right sizes, which `to` would not make
+        layer.weight = weight._quantize(linear.weight.device)
+    else:
+        worker = torch.device("cuda") if torch.cuda.is_available() else linear.weight.device
+        layer.weight = weight.to(worker).to(linear.weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
     # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward pass, and the next
     # training step would silently lose its gradients.

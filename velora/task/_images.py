@@ -107,7 +107,9 @@ def image_collate(transform: ImageTransform) -> Callable[[Sequence[tuple[Tensor,
 
 def top1(predictions: Any, labels: Any) -> dict[str, float]:
     """Top-1 accuracy over all examples; `predictions` are logits (n x C)."""
-    return {"accuracy": float(np.mean(np.argmax(predictions, axis=-1) == labels))}
+    from velora.metrics import Accuracy
+
+    return Accuracy().compute(predictions=np.argmax(predictions, axis=-1), references=labels)
 
 
 def image_batch_shapes(batch_size: int, image_size: int) -> dict[str, tuple[tuple[int, ...], str]]:

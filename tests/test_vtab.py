@@ -1,0 +1,245 @@
+"""VTAB-1k from image lists: reading, splits, protocols, the record's text, and bad lists."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+from PIL import Image
+
+from velora.errors import ConfigError
+from velora.model._images import ImageTransform
+from velora.task._archive import unpack_folder
+from velora.task._images import DecodedImages, ListedImages
+from velora.task.vtab import VTAB
+
+TRANSFORM = ImageTransform(8, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NAMES = ("train800", "val200", "train800val200", "test")
+SIZES = {"train800": 6, "val200": 3, "train800val200": 9, "test": 4}
+
+
+def task(**changes) -> VTAB:
+    keys = {
+        "kind": "vtab", "name": "vtab/dtd", "folder": "dtd_subset", "group": "natural", "num_classes": 47,
+        "protocol": "select_then_retrain", "keep_decoded": 100, "hub": "somebody/VTAB:vtab.zip",
+    }  # fmt: skip
+    return VTAB.model_validate(keys | changes)
+
+
+def config(root: Path | None, eval_every="epoch"):
+    model = SimpleNamespace(name="vit_tiny", image_size=8, modalities=lambda: ("image_classification",))
+    return SimpleNamespace(data=SimpleNamespace(root=root), model=model, trainer=SimpleNamespace(eval_every=eval_every))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A data folder with one task of 3 classes: image number i is all of colour 10 i and has label i modulo 3."""
+    folder = tmp_path / "vtab" / "dtd_subset"
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for i in range(13):
+        name = f"images/a picture {i}.png"  # names may hold blanks
+        Image.fromarray(np.full((5, 7, 3), 10 * i, dtype=np.uint8)).save(folder / name)
+        lines.append(f"{name} {i % 3}\n")
+    (folder / "train800.txt").write_text("".join(lines[:6]))
+    (folder / "val200.txt").write_text("".join(lines[6:9]))
+    (folder / "train800val200.txt").write_text("".join(lines[:9]))
+    (folder / "test.txt").write_text("".join(lines[9:]))
+    (folder / "classes.txt").write_text("0 banded\n1 blotchy\n2 braided\n")
+    return tmp_path
+
+
+def test_splits_labels_and_pixels(root):
+    data = task().load(TRANSFORM, config(root))
+    assert [
+        (p.name, len(p.train), list(p.validation), len(p.validation[""]), p.stop_at_best_of) for p in data.phases
+    ] == [
+        ("select", 6, [""], 3, None),
+        ("retrain", 9, [""], 4, "select"),
+    ]
+    batch = data.collate([data.phases[1].validation[""][i] for i in range(4)])
+    assert batch["labels"].tolist() == [0, 1, 2, 0]
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    expected = torch.tensor([(10 * i / 255 - 0.5) / 0.5 for i in range(9, 13)])
+    torch.testing.assert_close(batch["pixel_values"].mean((1, 2, 3)), expected, rtol=0, atol=1e-6)
+    shapes = task().batch_shapes(4, config(root))
+    assert {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in batch.items()} == shapes
+
+
+@pytest.mark.parametrize("protocol", ["best_on_test", "last"])
+def test_other_protocols_train_on_all_at_once(root, protocol):
+    data = task(protocol=protocol).load(TRANSFORM, config(root))
+    (phase,) = data.phases
+    assert (len(phase.train), len(phase.validation[""])) == (9, 4)
+    assert ("TEST set" in data.about["protocol_means"]) == (protocol == "best_on_test")
+    assert set(data.about["split_files"]) == {"train800val200.txt", "test.txt"}
+
+
+def test_decoded_once_or_at_each_use(root):
+    kept = task().load(TRANSFORM, config(root)).phases[0].train
+    lazy = task(keep_decoded=3).load(TRANSFORM, config(root)).phases[0]
+    assert isinstance(kept, DecodedImages)
+    assert isinstance(lazy.train, ListedImages)
+    assert isinstance(lazy.validation[""], DecodedImages)  # three images
+    for one, other in zip(kept, (lazy.train[i] for i in range(6)), strict=False):
+        assert torch.equal(one[0], other[0])
+        assert one[1] == other[1]
+
+
+def test_what_the_record_says(root):
+    about = task().load(TRANSFORM, config(root)).about
+    assert (about["folder"], about["group"], about["num_classes"], about["official_num_classes"]) == (
+        "dtd_subset",
+        "natural",
+        3,
+        47,
+    )
+    for name in NAMES:
+        content = (root / "vtab" / "dtd_subset" / f"{name}.txt").read_bytes()
+        assert about["split_files"][f"{name}.txt"] == {
+            "num_images": SIZES[name],
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    assert about["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_number_of_classes(root):
+    assert task().head(config(root)).num_labels == 3
+    assert task().head(config(None)).num_labels == 47
+    (root / "vtab" / "dtd_subset" / "classes.txt").unlink()
+    assert task().head(config(root)).num_labels == 47
+    (root / "vtab" / "dtd_subset" / "classes.txt").write_text("\n")
+    with pytest.raises(ConfigError, match=r"classes\.txt is empty"):
+        task().head(config(root))
+
+
+def test_top1_over_all_examples(root):
+    metrics = task().load(TRANSFORM, config(root)).metrics
+    logits = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.1, 0.2]])
+    assert metrics(logits, np.array([0, 1, 2, 2])) == {"accuracy": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("test.txt", None, r"test\.txt is missing: each line of it must be <relative image path> <label>"),
+        ("test.txt", "", r"test\.txt is empty"),
+        ("val200.txt", "images/a picture 1.png\n", r"val200\.txt, line 1: .* is not <relative image path> <label>"),
+        ("val200.txt", "images/a picture 1.png one\n", r"val200\.txt, line 1: .* is not <relative image path> <label>"),
+        ("val200.txt", "images/a picture 1.png -1\n", r"val200\.txt, line 1: .* is not <relative image path> <label>"),
+        ("train800.txt", "images/a picture 1.png 0\n\nimages/a picture 2.png 3\n",
+         r"train800\.txt, line 3: label 3 is out of range, the task has 3 classes \(0 to 2\)"),
+        ("train800.txt", "images/nothing.png 0\n", r"train800\.txt, line 1: the image images/nothing\.png does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_lists_are_refused(root, file, content, sentence):
+    path = root / "vtab" / "dtd_subset" / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=sentence):
+        task().load(TRANSFORM, config(root))
+
+
+@pytest.mark.parametrize("keep_decoded", [0, 100])
+def test_a_file_that_is_no_image_is_refused(root, keep_decoded):
+    (root / "vtab" / "dtd_subset" / "images" / "a picture 2.png").write_text("no image")
+
+    def use():
+        return task(keep_decoded=keep_decoded).load(TRANSFORM, config(root)).phases[0].train[2]
+
+    with pytest.raises(ConfigError, match=r"a picture 2\.png is not a readable image"):
+        use()
+
+
+def test_problems_of_the_configuration(root):
+    assert not list(task().problems(config(root)))
+    (sentence,) = task(folder="svhn").problems(config(root))
+    assert "task.folder=svhn: " in sentence
+    assert sentence.endswith("there are dtd_subset")
+    (root / "empty").mkdir()
+    (sentence,) = task().problems(config(root / "empty"))
+    assert sentence.endswith("has no task folders")
+    (sentence,) = task(protocol="last").problems(config(root))
+    assert sentence == "task.protocol=last tests once, at the end, and trainer.eval_every=epoch; set it to end"
+    assert not list(task(protocol="last").problems(config(root, eval_every="end")))
+
+
+def test_nineteen_tasks():
+    folder = REPOSITORY / "conf" / "task" / "vtab"
+    found = {file.stem: yaml.safe_load(file.read_text())["task"] for file in folder.glob("*.yaml")}
+    assert all(keys["name"] == f"vtab/{stem}" and keys["folder"] == stem for stem, keys in found.items())
+    groups = {
+        group: sum(keys["group"] == group for keys in found.values())
+        for group in ("natural", "specialized", "structured")
+    }
+    assert groups == {"natural": 7, "specialized": 4, "structured": 8}
+    # SSF's train_scripts/vit/vtab name the same numbers of classes
+    assert [
+        found[t]["num_classes"] for t in ("caltech101", "cifar", "clevr_count", "clevr_dist", "diabetic_retinopathy")
+    ] == [102, 100, 8, 6, 5]
+    assert [found[t]["num_classes"] for t in ("dmlab", "dsprites_loc", "dsprites_ori", "dtd", "eurosat")] == [
+        6,
+        16,
+        16,
+        47,
+        10,
+    ]
+    assert [
+        found[t]["num_classes"] for t in ("oxford_flowers102", "kitti", "patch_camelyon", "oxford_iiit_pet", "resisc45")
+    ] == [102, 4, 2, 37, 45]
+    assert [found[t]["num_classes"] for t in ("smallnorb_azi", "smallnorb_ele", "sun397", "svhn")] == [18, 9, 397, 10]
+
+
+def test_one_folder_out_of_an_archive(root, tmp_path):
+    archive = tmp_path / "hub" / "vtab.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for file in sorted((root / "vtab").rglob("*.*")):
+            opened.write(file, "vtab-1k/" + str(file.relative_to(root / "vtab")))
+        opened.writestr("vtab-1k/other/test.txt", "nothing")
+    folder = unpack_folder(archive, "dtd_subset")
+    assert folder == tmp_path / "hub" / "vtab-unpacked" / "dtd_subset"
+    original = root / "vtab" / "dtd_subset"
+    files = sorted(f.relative_to(original) for f in original.rglob("*.*"))
+    assert sorted(f.relative_to(folder) for f in folder.rglob("*.*")) == files
+    assert all((folder / f).read_bytes() == (original / f).read_bytes() for f in files)
+    archive.unlink()
+    assert unpack_folder(archive, "dtd_subset") == folder  # once
+    with pytest.raises(FileNotFoundError):
+        unpack_folder(archive, "cifar")
+
+
+def test_bad_archives_are_refused(tmp_path):
+    archive = tmp_path / "vtab.zip"
+    archive.write_text("no archive")
+    with pytest.raises(ConfigError, match="is no zip archive"):
+        unpack_folder(archive, "cifar")
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("vtab-1k/other/test.txt", "nothing")
+        opened.writestr("vtab-1k/bad/test.txt", "nothing")
+        opened.writestr("vtab-1k/bad/../../../outside.txt", "nothing")
+    with pytest.raises(ConfigError, match=r"has no folder cifar with a test\.txt in it"):
+        unpack_folder(archive, "cifar")
+    with pytest.raises(ConfigError, match="leaves its folder"):
+        unpack_folder(archive, "bad")
+
+
+@pytest.mark.parametrize(
+    ("folder", "num_classes", "num_test"),
+    [("caltech101", 102, 500), ("cifar", 100, 1400), ("dtd_subset10", 10, 200), ("eurosat", 10, 1000),
+     ("oxford_flowers102", 102, 500), ("oxford_iiit_pet", 37, 470), ("resisc45_subset12", 12, 500)],
+)  # fmt: skip
+def test_real_lists(shared_data, folder, num_classes, num_test):
+    data = task(folder=folder, keep_decoded=0).load(TRANSFORM, config(shared_data))
+    sizes = [len(split) for phase in data.phases for split in (phase.train, phase.validation[""])]
+    assert sizes == [800, 200, 1000, num_test]
+    assert data.about["num_classes"] == num_classes
+    image, label = data.phases[0].train[0]
+    assert image.shape == (3, 8, 8)
+    assert 0 <= label < num_classes
