@@ -4,6 +4,7 @@ import numpy as np
 import optim_helpers as helpers
 import pytest
 import torch
+import torch.distributed.tensor
 from reference_optim import ReferenceGaLore
 from torch import nn
 
@@ -242,12 +243,21 @@ def test_the_refusal_names_the_parameter():
         GaLoreAdamW([{"params": [("encoder.weight", nn.Parameter(torch.zeros(4, 8)))], "rank": 5}])
 
 
-def test_a_gradient_that_is_not_finite_is_an_error():
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_shows(svd, value):
+    """LAPACK refuses NaN; where it lets an infinity pass, the weight shows it, as with any optimiser."""
     p = nn.Parameter(torch.zeros(4, 8))
-    optimizer = GaLoreAdamW([{"params": [p], "rank": 2}])
-    p.grad = torch.full((4, 8), float("nan"))
-    with pytest.raises(Diverged, match="not finite"):
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 2, "svd": svd}])
+    p.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    p.grad[1, 2] = value
+    try:
         optimizer.step()
+    except Diverged as error:
+        assert "not finite" in str(error)  # noqa: PT017
+    else:
+        assert value == float("inf")
+        assert not torch.isfinite(p).all()
 
 
 def _one_step_of_a_rank(rank, store, results):
@@ -261,12 +271,18 @@ def _one_step_of_a_rank(rank, store, results):
     optimizer.step()
     with pytest.raises(ConfigError, match="runs in one process, here are 2"):
         GaLoreAdamW([p], layerwise=True)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    sharded = nn.Parameter(torch.distributed.tensor.distribute_tensor(torch.zeros(6, 10), mesh))
+    optimizer_of_a_part = GaLoreAdamW([{"params": [sharded], "rank": 2}])
+    sharded.grad = torch.distributed.tensor.distribute_tensor(torch.ones(6, 10), mesh)
+    with pytest.raises(ConfigError, match="is sharded over several processes"):
+        optimizer_of_a_part.step()
     torch.save(optimizer.state[p]["left"], f"{results}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_all_ranks_share_rank_zeros_projector(tmp_path):
+def test_all_ranks_share_rank_zeros_projector_and_refuse_what_needs_one(tmp_path):
     torch.multiprocessing.spawn(_one_step_of_a_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert torch.equal(first, second)

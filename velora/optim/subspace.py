@@ -45,15 +45,15 @@ def leading_directions(gradient: Tensor, rank: int, proj_type: ProjectionType, s
     its test matrix drawn from `seed`. Computed in at least fp32. The factors are copies: a slice of the SVD's output would
     keep the whole M x min(M, D) or min(M, D) x D factor alive. Under data parallelism all ranks get rank 0's.
 
-    Raises Diverged for a gradient that is not finite (the SVD would fail or return nonsense).
+    Raises Diverged where the SVD fails because the gradient is not finite.
     """
-    if not torch.isfinite(gradient).all():
-        raise Diverged(f"the gradient of a {tuple(gradient.shape)} weight is not finite, it has no singular directions")
     matrix = gradient if gradient.dtype == torch.float64 else gradient.float()
-    if svd == "exact":
-        u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        u, vh = _randomized_svd(matrix, rank, seed)
+    try:
+        u, vh = _svd(matrix) if svd == "exact" else _randomized_svd(matrix, rank, seed)
+    except torch.linalg.LinAlgError as error:
+        if torch.isfinite(gradient).all():
+            raise
+        raise Diverged(f"the gradient of a weight of shape {tuple(gradient.shape)} is not finite") from error
     use_left, use_right = sides(gradient.shape, proj_type)
     left = _own(u[:, :rank], gradient.dtype) if use_left else None
     right = _own(vh[:rank], gradient.dtype) if use_right else None
@@ -105,6 +105,11 @@ def _gaussian(rank: int, width: int, like: Tensor, seed: int) -> Tensor:
     return torch.randn(rank, width, generator=generator, device=like.device, dtype=like.dtype) / rank**0.5
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u, vh
+
+
 def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     rows, columns = matrix.shape
     width = min(rank + OVERSAMPLING, rows, columns)
@@ -113,7 +118,7 @@ def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tenso
     basis = torch.linalg.qr(matrix @ test).Q  # M x width
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    u, _, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)  # width x D
+    u, vh = _svd(basis.T @ matrix)  # width x D
     return basis @ u, vh
 
 
