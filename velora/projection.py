@@ -66,7 +66,7 @@ class SubTokenStatistics:
     """Sums over sub-tokens from which a direction is computed; they add up over batches and ranks.
 
     `flat` is one vector: the sum of the sub-tokens (S), the sum of their squared norms, their number and, `with_moment`,
-    the sum of u uᵀ (S x S). float64, where the device has it, so that the order of batches does not matter.
+    the sum of u uᵀ (S x S). It is float64, where the device has that, so that the order of batches does not matter.
     """
 
     def __init__(self, sub_token_size: int, device: torch.device, with_moment: bool = False) -> None:
@@ -78,15 +78,16 @@ class SubTokenStatistics:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Take in the sub-tokens of x (..., D)."""
-        u = split(x.detach(), self.sub_token_size)  # (N G, S)
-        dtype, size = self.flat.dtype, self.sub_token_size
-        self.flat[:size] += u.sum(0, dtype=dtype)
-        self.flat[size] += torch.linalg.vector_norm(u, dtype=dtype) ** 2
-        self.flat[size + 1] += u.shape[0]
+        """Take in the sub-tokens of x (..., D). Sums within x are in float32 at least, sums of sums in float64."""
+        x = x.detach()
+        size, wide = self.sub_token_size, torch.promote_types(x.dtype, torch.float32)
+        totals = x.reshape(-1, x.shape[-1]).sum(0, dtype=wide)  # (D): over tokens, which is quick, and then over groups
+        self.flat[:size] += split(totals, size).sum(0, dtype=self.flat.dtype)
+        self.flat[size] += torch.linalg.vector_norm(x, dtype=wide) ** 2
+        self.flat[size + 1] += x.numel() // size
         if self.with_moment:
-            wide = u.to(dtype)
-            self.flat[size + 2 :] += (wide.T @ wide).flatten()
+            u = split(x, size).to(self.flat.dtype)  # (N G, S)
+            self.flat[size + 2 :] += (u.T @ u).flatten()
 
     @property
     def count(self) -> int:
