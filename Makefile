@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(BIN)/velora-report runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks; the cores are used by several test processes
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import pytest
 
 TINY = [
     "model=llama_tiny", "model.architecture.hidden_size=64", "model.architecture.intermediate_size=128",
-    "model.architecture.num_hidden_layers=2", "task.max_length=64", "trainer.batch_size=4", "trainer.max_steps=16",
+    "model.architecture.num_hidden_layers=2",
+    "model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=4", "task.max_length=64", "trainer.batch_size=4", "trainer.max_steps=16",
     "trainer.eval_every=8", "trainer.log_every=2", "wandb.mode=disabled",
 ]  # fmt: skip
 SCHEMA = {
@@ -158,6 +159,13 @@ def test_signal_ends_the_run_with_a_record(cli, number):
     assert record["status"] == "failed"
     assert number.name in record["error"]
     assert list((cli.folder / "runs/stopped/seed0").glob("checkpoint-*"))
+
+
+def test_architecture_that_does_not_fit(cli):
+    done = cli(*TINY, "model.architecture.num_attention_heads=6")
+    assert done.returncode == 2
+    assert "model.architecture" in done.stderr
+    assert "attention heads (6)" in done.stderr
 
 
 def test_loss_that_is_not_finite(cli):

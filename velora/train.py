@@ -240,6 +240,9 @@ class _Watch(TrainerCallback):
         if "optimizer_bytes" not in self.owner.memory:
             held = list(plain_tensors(list(kwargs["optimizer"].state.values())))
             self.owner.memory["optimizer_bytes"] = unique_bytes(held)
+            # an optimiser that updates inside the backward pass frees each gradient at once and knows the most it held
+            peak = getattr(getattr(kwargs["optimizer"], "optimizer", None), "peak_gradient_bytes", 0)
+            self.owner.memory["gradients_bytes"] = max(self.owner.memory["gradients_bytes"], peak)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.owner.config.activations.after_step(kwargs["model"])

@@ -91,7 +91,11 @@ class PretrainedModel(Model):
             if declared.get("vocab_size", 0) is None:
                 declared["vocab_size"] = len(preprocessor)
             special = {f"{n}_token_id": getattr(preprocessor, f"{n}_token_id", None) for n in ("bos", "eos", "pad")}
-            found = AutoConfig.for_model(model_type, **{**special, **declared})
+            try:
+                found = AutoConfig.for_model(model_type, **{**special, **declared})
+            except Exception as error:  # transformers validates with classes of its own
+                reason = str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
+                raise ConfigError(f"model.architecture={self.architecture} is not valid: {reason}") from None
         if head.num_labels is not None:
             found.num_labels = head.num_labels
             found.problem_type = "regression" if head.regression else "single_label_classification"
