@@ -78,7 +78,8 @@ def _reason(error: BaseException, reached: bool) -> str | None:
     names = {c.__name__ for e in chain for c in type(e).__mro__}
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:
         return "the hub has nothing of that name, or it is private"
-    if not isinstance(error, OSError | ValueError) and not names & {"HTTPError", "EntryNotFoundError"}:
+    of_files = isinstance(error, OSError | ValueError) or names & {"HTTPError", "EntryNotFoundError"}
+    if not of_files and type(error) is not Exception:  # a plain Exception is how the tokenizers library refuses a file
         return None
     connection = {"ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}
     if not reached and names & connection:

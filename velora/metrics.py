@@ -15,13 +15,13 @@ import evaluate
 
 
 class LocalMetric(evaluate.Metric):
-    """A metric that keeps what it is given in memory; the scratch folder that the library insists on goes away with it."""
+    """A metric that keeps what it is given in memory; the folder that the library makes for each metric is removed at once."""
 
     dtype = "int64"
 
     def __init__(self, **options: Any) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="velora-metric-")
-        super().__init__(keep_in_memory=True, cache_dir=self._scratch.name, **options)
+        with tempfile.TemporaryDirectory(prefix="velora-metric-") as scratch:
+            super().__init__(keep_in_memory=True, cache_dir=scratch, **options)
 
     def _info(self) -> evaluate.MetricInfo:
         value = datasets.Value(self.dtype)

@@ -84,28 +84,42 @@ def from_folder(folder: Path) -> Any:
 def llama_tokenizer(file: Path) -> Any:
     """LLaMA's tokenizer from its sentencepiece model alone: the same ids as sentencepiece, after a begin token (id 1)."""
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import normalizers
-    from transformers import LlamaTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
 
     pieces = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-    mergeable = {
-        p: i for p, i in vocabulary.items() if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
-    }
-    merges = [
-        (pieces.get_score(i), i, piece[:cut], piece[cut:])
-        for piece, i in mergeable.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in mergeable and piece[cut:] in mergeable
-    ]
-    merges.sort(key=lambda merge: (-merge[0], merge[1], mergeable[merge[2]], mergeable[merge[3]]))
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=[(m[2], m[3]) for m in merges], add_bos_token=True)
-    # As sentencepiece: a blank goes before the text whatever it begins with.
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(pieces), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.backend_tokenizer.pre_tokenizer = None
-    return tokenizer
+    blank = "\u2581"  # sentencepiece's sign for a blank; one goes before every text
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    begin = pieces.id_to_piece(pieces.bos_id())
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, pieces.bos_id())]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=begin, eos_token=pieces.id_to_piece(pieces.eos_id()), unk_token="<unk>"
+    )
+
+
+def _merges(pieces: Any) -> list[tuple[str, str]]:
+    """The pairs that a byte-pair encoding joins, best score first, for every way to cut a piece in two pieces."""
+    plain = {
+        pieces.id_to_piece(i): i
+        for i in range(len(pieces))
+        if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+    }
+    found = [
+        (-pieces.get_score(i), i, plain[piece[:cut]], plain[piece[cut:]])
+        for piece, i in plain.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in plain and piece[cut:] in plain
+    ]
+    return [(pieces.id_to_piece(left), pieces.id_to_piece(right)) for *_, left, right in sorted(found)]
 
 
 def with_padding(tokenizer: Any) -> Any:

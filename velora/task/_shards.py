@@ -94,7 +94,7 @@ def _open(shard: Path) -> IO[str]:
 
 def _text(shard: Path, number: int, line: str) -> str:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{shard} line {number} is not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict) or "text" not in row:

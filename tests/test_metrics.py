@@ -1,0 +1,74 @@
+"""Scores against their textbook formulas, written as loops in float64."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import evaluate
+import pytest
+
+from velora.metrics import METRICS, compute
+
+GENERATOR = random.Random(5)
+LABELS = [GENERATOR.randrange(2) for _ in range(200)]
+FOUND = [label if GENERATOR.random() < 0.7 else 1 - label for label in LABELS]
+SCORES = [round(GENERATOR.uniform(0, 5), 1) for _ in range(200)]  # rounded: ties occur
+GUESSES = [round(s + GENERATOR.gauss(0, 1), 1) for s in SCORES]
+
+
+def counts() -> tuple[int, int, int, int]:
+    pairs = list(zip(FOUND, LABELS, strict=True))
+    return tuple(pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))  # type: ignore[return-value]
+
+
+def correlation(x: list[float], y: list[float]) -> float:
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    above = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return above / math.sqrt(sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y))
+
+
+def mean_ranks(values: list[float]) -> list[float]:
+    below = [sum(other < value for other in values) for value in values]
+    equal = [sum(other == value for other in values) for value in values]
+    return [b + (e + 1) / 2 for b, e in zip(below, equal, strict=True)]
+
+
+def test_classes() -> None:
+    true_positive, false_positive, false_negative, true_negative = counts()
+    expected = {
+        "accuracy": (true_positive + true_negative) / 200,
+        "f1": 2 * true_positive / (2 * true_positive + false_positive + false_negative),
+        "matthews_correlation": (true_positive * true_negative - false_positive * false_negative)
+        / math.sqrt(
+            (true_positive + false_positive)
+            * (true_positive + false_negative)
+            * (true_negative + false_positive)
+            * (true_negative + false_negative)
+        ),
+    }
+    # float64 on both sides; only the order of a few operations differs
+    assert compute(list(expected), FOUND, LABELS) == pytest.approx(expected, rel=1e-12)
+
+
+def test_correlations() -> None:
+    expected = {
+        "pearson": correlation(GUESSES, SCORES),
+        "spearman": correlation(mean_ranks(GUESSES), mean_ranks(SCORES)),
+    }
+    # 200 terms summed in another order: 1e-12 is far above their rounding
+    assert compute(["pearson", "spearman"], GUESSES, SCORES) == pytest.approx(expected, rel=1e-12)
+
+
+def test_predictions_that_are_all_alike() -> None:
+    assert compute(["f1", "matthews_correlation"], [0, 0, 0], [0, 1, 1]) == {"f1": 0.0, "matthews_correlation": 0.0}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_is_an_evaluate_metric_that_leaves_nothing_behind(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    metric = METRICS[name]()
+    assert isinstance(metric, evaluate.Metric)
+    assert list(metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])) == [name]
+    del metric
+    assert not list(tmp_path.iterdir())
