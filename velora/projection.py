@@ -76,18 +76,18 @@ class SubTokenStatistics:
         self.flat = torch.zeros(length, dtype=dtype, device=device)
         self.with_moment = with_moment
 
-    @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """Take in the sub-tokens of x (..., D). Sums within x are in float32 at least, sums of sums in float64."""
         x = x.detach()
         size, wide = self.sub_token_size, torch.promote_types(x.dtype, torch.float32)
-        totals = x.reshape(-1, x.shape[-1]).sum(0, dtype=wide)  # (D): over tokens, which is quick, and then over groups
-        self.flat[:size] += split(totals, size).sum(0, dtype=self.flat.dtype)
-        self.flat[size] += torch.linalg.vector_norm(x, dtype=wide) ** 2
-        self.flat[size + 1] += x.numel() // size
-        if self.with_moment:
-            u = split(x, size).to(self.flat.dtype)  # (N G, S)
-            self.flat[size + 2 :] += (u.T @ u).flatten()
+        with torch.no_grad():
+            totals = x.reshape(-1, x.shape[-1]).sum(0, dtype=wide)  # (D): over tokens, which is quick; then over groups
+            self.flat[:size] += split(totals, size).sum(0, dtype=self.flat.dtype)
+            self.flat[size] += torch.linalg.vector_norm(x, dtype=wide) ** 2
+            self.flat[size + 1] += x.numel() // size
+            if self.with_moment:
+                u = split(x, size).to(self.flat.dtype)  # (N G, S)
+                self.flat[size + 2 :] += (u.T @ u).flatten()
 
     @property
     def count(self) -> int:
