@@ -14,6 +14,7 @@ from tiny import VOCABULARY, tiny_llama
 from velora.errors import ConfigError
 from velora.model.tokenizer import byte_tokenizer
 from velora.task import _language_model as lm
+from velora.task._text import check_vocabulary, vocabulary_size
 
 LENGTHS = (9, 5, 2, 7, 9, 3, 4)  # of seven sequences
 
@@ -43,7 +44,7 @@ def losses_by_us(network: Any, sequences: list[lm.Ids], batch_size: int) -> np.n
     network = network.double().eval()
     rows = []
     for start in range(0, len(sequences), batch_size):
-        batch = lm.collate(sequences[start : start + batch_size], 0, masked=True)
+        batch = lm.collate(sequences[start : start + batch_size], 0, max(LENGTHS), masked=True)
         with torch.no_grad():
             logits = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         rows.append(lm.sequence_losses(logits, batch["labels"]))
@@ -80,7 +81,7 @@ def test_published_convention() -> None:
 
 def test_one_batch_agrees_with_the_loss_of_transformers() -> None:
     network, sequences = tiny_llama().eval(), some_sequences()
-    batch = lm.collate(sequences, 0, masked=True)
+    batch = lm.collate(sequences, 0, max(LENGTHS), masked=True)
     with torch.no_grad():
         output = network(**batch)
     found = lm.scores(lm.sequence_losses(output.logits, batch["labels"]).numpy(), 7)
@@ -89,16 +90,16 @@ def test_one_batch_agrees_with_the_loss_of_transformers() -> None:
 
 
 def test_the_count_that_trainer_divides_by_is_the_predicted_tokens() -> None:
-    batch = lm.collate(some_sequences(), 0, masked=True)
+    batch = lm.collate(some_sequences(), 0, max(LENGTHS), masked=True)
     assert (batch["labels"] != lm.IGNORED).sum().item() == sum(length - 1 for length in LENGTHS)
 
 
 def test_collate() -> None:
-    batch = lm.collate([np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)], 2, masked=True)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
-    assert "attention_mask" not in lm.collate([np.array([5, 6], np.int32)], 0, masked=False)
+    batch = lm.collate([np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32)], 2, 4, masked=True)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 2], [8, 9, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100], [-100, 9, -100, -100]]
+    assert "attention_mask" not in lm.collate([np.array([5, 6], np.int32)], 0, 2, masked=False)
 
 
 def test_packed_is_the_texts_in_a_row() -> None:
@@ -122,10 +123,18 @@ def test_more_texts_than_are_encoded_together() -> None:
 def test_ids_beyond_the_vocabulary_become_unknown() -> None:
     (found,) = lm.truncated(iter(["az"]), byte_tokenizer(), 8, ord("z") + 3)
     assert found.tolist() == [ord("a") + 3, 2, 1]
+
+
+def test_a_tokenizer_of_another_network() -> None:
     config = stand_in()
-    assert lm.vocabulary_size(byte_tokenizer(), config) == 259
-    config.model.architecture = {"vocab_size": 100}
-    assert lm.vocabulary_size(byte_tokenizer(), config) == 100
+    assert vocabulary_size(byte_tokenizer(), config) == 259
+    config.model.architecture = {"vocab_size": 200}
+    assert vocabulary_size(byte_tokenizer(), config) == 200
+    check_vocabulary(byte_tokenizer(), config, spare=59)
+    with pytest.raises(
+        ConfigError, match=r"tokenizer of model=some_model has 259 words and the network embeds 200: give"
+    ):
+        check_vocabulary(byte_tokenizer(), config, spare=58)
 
 
 def test_packing_needs_an_end_token() -> None:

@@ -269,6 +269,16 @@ def test_longer_than_the_network(tmp_path: Path) -> None:
     assert found == "task.max_length=513 is more than the 512 positions of model=some_model"
 
 
+def test_longer_than_the_tokenizer_is_made_for(tmp_path: Path) -> None:
+    write_rte(tmp_path)
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 128
+    with pytest.raises(
+        ConfigError, match=r"task.max_length=512 is more than the 128 tokens that the tokenizer of model="
+    ):
+        glue("rte").load(tokenizer, on_encoder(tmp_path))
+
+
 def test_unknown_task() -> None:
     with pytest.raises(ValueError, match=r"task.name=glue/xyz is not a GLUE task; they are glue/cola, glue/sst2"):
         glue("xyz")

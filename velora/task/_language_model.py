@@ -22,21 +22,15 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
+SENTINELS = 100  # words of T5's tokenizer beyond the 32,000 that networks embed; they stand for nothing in a text
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
-
-
-def vocabulary_size(tokenizer: Any, config: Any) -> int:
-    """Words that the network embeds: its YAML's figure, or the tokenizer's length."""
-    declared = (getattr(config.model, "architecture", None) or {}).get("vocab_size")
-    return len(tokenizer) if declared is None else int(declared)
 
 
 def truncated(texts: Iterable[str], tokenizer: Any, max_length: int, vocabulary: int) -> Iterator[Ids]:
     """Each text's first `max_length` tokens, with the special tokens that the tokenizer adds: one sequence per document.
 
-    An id that the network does not embed (T5's tokenizer has 100 sentinels beyond the 32,000 words) becomes the unknown
-    token.
+    An id that the network does not embed (a text that spells one of T5's sentinels) becomes the unknown token.
     """
     for ids in _encoded(texts, tokenizer, vocabulary, truncation=True, max_length=max_length):
         if len(ids) > 1:  # a single token predicts nothing
@@ -58,14 +52,14 @@ def packed(texts: Iterable[str], tokenizer: Any, max_length: int, vocabulary: in
         waiting = waiting[whole:]
 
 
-def collate(sequences: list[Ids], padding_id: int, *, masked: bool) -> dict[str, Tensor]:
-    """Ids, labels and, if `masked`, the attention mask (B, L), padded at the right to the longest sequence.
+def collate(sequences: list[Ids], padding_id: int, length: int, *, masked: bool) -> dict[str, Tensor]:
+    """Ids, labels and, if `masked`, the attention mask (B, L), padded at the right to L = `length`.
 
-    Packed sequences need no mask: without one the attention takes its faster causal path.
+    Packed sequences are full and need no mask: without one the attention takes its faster causal path.
     """
     import torch
 
-    shape = (len(sequences), max(len(ids) for ids in sequences))
+    shape = (len(sequences), length)
     input_ids = torch.full(shape, padding_id)
     mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, IGNORED)

@@ -72,6 +72,22 @@ def length_problems(max_length: int, config: Config) -> Iterator[str]:
         yield f"task.max_length={max_length} is more than the {positions} positions of model={config.model.name}"
 
 
+def vocabulary_size(tokenizer: Any, config: Config) -> int:
+    """Words that the network embeds: the figure of its YAML, or else the tokenizer's length."""
+    declared = (getattr(config.model, "architecture", None) or {}).get("vocab_size")
+    return len(tokenizer) if declared is None else int(declared)
+
+
+def check_vocabulary(tokenizer: Any, config: Config, spare: int = 0) -> None:
+    """ConfigError where the tokenizer has words (more than `spare` of them) that the network does not embed."""
+    words, embedded = len(tokenizer), vocabulary_size(tokenizer, config)
+    if words > embedded + spare:
+        raise ConfigError(
+            f"the tokenizer of model={config.model.name} has {words} words and the network embeds {embedded}: give the "
+            "model.tokenizer that belongs to it"
+        )
+
+
 def padded(texts: list[list[int]], filler: int) -> torch.Tensor:
     """Rows of different length as one tensor (B, L) of int64, padded at the right."""
     import torch

@@ -19,7 +19,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from velora.errors import ConfigError
 from velora.group import Head, Phase, Task, TaskData
 from velora.task import _shards
-from velora.task._text import file_facts, length_problems
+from velora.task._text import check_vocabulary, file_facts, length_problems, vocabulary_size
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -67,7 +67,8 @@ class C4(Task):
         from velora.task import _language_model as lm
         from velora.task._stream import SequenceStream
 
-        vocabulary = lm.vocabulary_size(preprocessor, config)
+        check_vocabulary(preprocessor, config, spare=lm.SENTINELS)
+        vocabulary = vocabulary_size(preprocessor, config)
         cut = lm.truncated if self.packing == "pad" else lm.packed
 
         def encode(texts: Iterable[str]) -> Iterator[lm.Ids]:
@@ -93,7 +94,9 @@ class C4(Task):
         }  # fmt: skip
         return TaskData(
             phases=[Phase("train", train, {"": validation})],
-            collate=lambda sequences: lm.collate(sequences, preprocessor.pad_token_id, masked=self.packing == "pad"),
+            collate=lambda sequences: lm.collate(
+                sequences, preprocessor.pad_token_id, self.max_length, masked=self.packing == "pad"
+            ),
             metrics=lambda sequences, labels: lm.scores(sequences, self.published_eval_batch_size),
             best_metric="perplexity",
             greater_is_better=False,

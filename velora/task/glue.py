@@ -16,7 +16,17 @@ from pydantic import PositiveInt, field_validator
 
 from velora.errors import ConfigError
 from velora.group import Head, Phase, Task, TaskData
-from velora.task._text import Line, file_facts, length_problems, mask_of, note, padded, read_tsv, shown
+from velora.task._text import (
+    Line,
+    check_vocabulary,
+    file_facts,
+    length_problems,
+    mask_of,
+    note,
+    padded,
+    read_tsv,
+    shown,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +121,12 @@ class Glue(Task):
             yield from self._missing_files(config.data.root)
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
+        check_vocabulary(preprocessor, config)
+        if self.max_length > preprocessor.model_max_length:
+            raise ConfigError(
+                f"task.max_length={self.max_length} is more than the {preprocessor.model_max_length} tokens that the tokenizer of "
+                f"model={config.model.name} is made for"
+            )
         root = config.data.root
         splits, about = self._from_hub() if root is None else self._from_files(root)
         train = self._subset(splits.pop("train"), self.train_size, config.seed, about, "train")
@@ -151,16 +167,16 @@ class Glue(Task):
             return rows[:size]
         return random.Random(seed).sample(rows, size)
 
-    def _folder(self, root: Path) -> Path:
-        return root / (self.folder or f"glue/{self.layout.folder}")
+    @property
+    def _below_root(self) -> str:
+        return self.folder or f"glue/{self.layout.folder}"
 
     def _missing_files(self, root: Path) -> Iterator[str]:
-        folder = self._folder(root)
+        folder = root / self._below_root
         if not folder.is_dir():
             present = sorted(f"{p.parent.name}/{p.name}" for p in (root / "glue").glob("*") if p.is_dir())
             yield (
-                f"data.root={root} has no folder {folder.relative_to(root) if folder.is_relative_to(root) else folder} for "
-                f"task={self.name}; "
+                f"data.root={root} has no folder {self._below_root} for task={self.name}; "
                 + (f"below it are {', '.join(present)}: choose one of these tasks, another data.root, " if present else
                    "it has no folder glue/ with the classic release's folders: give another data.root, ")
                 + "or task.folder=DIR, the folder below data.root that holds train.tsv"
@@ -177,7 +193,7 @@ class Glue(Task):
     def _from_files(self, root: Path) -> tuple[dict[str, list[Row]], dict[str, Any]]:
         for sentence in self._missing_files(root):
             raise ConfigError(sentence)
-        folder, splits, facts = self._folder(root), {}, {}
+        folder, splits, facts = root / self._below_root, {}, {}
         for split, name in (("train", "train.tsv"), *self.layout.validation):
             file = folder / name if split == "train" else _validation_file(folder, name)
             splits[split], broken = read_rows(file, self.layout)
@@ -189,7 +205,7 @@ class Glue(Task):
                 note(
                     f"{folder} has no {name}; the scores are those of {file.name}, which is not the official validation set"
                 )
-        return splits, {"source": "files", "folder": str(folder.relative_to(root)), "files": facts}
+        return splits, {"source": "files", "folder": self._below_root, "files": facts}
 
     def _from_hub(self) -> tuple[dict[str, list[Row]], dict[str, Any]]:
         from velora.hub import load
@@ -207,8 +223,8 @@ class Glue(Task):
             ("train", "train"),
             *((s, f"validation_{s}".rstrip("_")) for s, _ in self.layout.validation),
         ):
-            texts = [data[part][column] for column in columns]
-            splits[split] = [Row(tuple(row[:-1]), row[-1]) for row in zip(*texts, data[part]["label"], strict=True)]
+            *texts, labels = [data[part][column][:] for column in (*columns, "label")]
+            splits[split] = [Row(pair, label) for pair, label in zip(zip(*texts, strict=True), labels, strict=True)]
         revisions = {
             url.split("@")[1].split("/")[0] for url in data["train"].info.download_checksums or {} if "@" in url
         }

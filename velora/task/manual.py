@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt
 
 from velora.group import Head, Phase, Task, TaskData
-from velora.task._text import length_problems
+from velora.task._text import check_vocabulary, length_problems, vocabulary_size
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -43,7 +43,8 @@ class Manual(Task):
         from velora.task import _language_model as lm
 
         sides = split_topics(topics())
-        vocabulary = lm.vocabulary_size(preprocessor, config)
+        check_vocabulary(preprocessor, config, spare=lm.SENTINELS)
+        vocabulary = vocabulary_size(preprocessor, config)
         blocks = {
             side: list(lm.packed(texts.values(), preprocessor, self.max_length, vocabulary))
             for side, texts in sides.items()
@@ -63,7 +64,7 @@ class Manual(Task):
         }
         return TaskData(
             phases=[Phase("train", blocks["train"], {"": blocks["validation"]})],
-            collate=lambda sequences: lm.collate(sequences, preprocessor.pad_token_id, masked=False),
+            collate=lambda sequences: lm.collate(sequences, preprocessor.pad_token_id, self.max_length, masked=False),
             metrics=lambda sequences, labels: lm.scores(sequences, self.published_eval_batch_size),
             best_metric="perplexity",
             greater_is_better=False,
