@@ -13,14 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from velora.build import build_network
+from velora.config import Config
+from velora.memory.batches import preprocessor_for_shapes, synthetic_batch, training_loss
 from velora.memory.figures import SHORT_OF_PHASE, MemoryFigures, figures_of
 from velora.memory.timeline import Timeline
+from velora.nn.twin import VeloraTwin
 
 CUDA_BLOCK_BYTES = 512  # the caching allocator's smallest step
 
@@ -104,7 +109,7 @@ def training_steps(
             loss = forward()
             if timeline is not None:
                 timeline.forward_ended(loss)
-            (loss / len(micro_batches) if len(micro_batches) > 1 else loss).backward()
+            torch.autograd.backward(loss / len(micro_batches) if len(micro_batches) > 1 else loss)
             del loss
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
@@ -131,6 +136,40 @@ def measure_steps(
             model, micro_batches, optimizer,
             num_steps=num_steps, max_grad_norm=max_grad_norm, after_step=after_step, timeline=meter.timeline,
         )  # fmt: skip
+    return meter.figures
+
+
+def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> MemoryFigures:
+    """Build the network of a configuration and measure training steps of it on a synthetic batch, on this machine.
+
+    The weights are random: how many bytes there are does not depend on them. `padded`: see `synthetic_batch`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.device != "cpu" else "cpu")
+    network, _ = build_network(
+        replace(config, model=config.model.model_copy(update={"pretrained": False})),
+        config.task.head(config), preprocessor_for_shapes(config),
+    )  # fmt: skip
+    network.to(device).train()
+    shape = (config, config.trainer.batch_size, padded)
+    first, *others = [synthetic_batch(*shape) for _ in range(config.trainer.gradient_accumulation_steps)]
+    batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in (first, *others)]
+    for module in network.modules():
+        if isinstance(module, VeloraTwin):
+            vector = torch.ones_like(module.direction)
+            module.set_direction(vector / torch.linalg.vector_norm(vector), vector)
+    optimizer = config.optimizer.build(network, config)
+    meter = Meter(network)
+    with meter.measuring(optimizer):
+        meter.timeline.register("batch", [tensor for batch in batches for tensor in batch.values()])
+        training_steps(
+            network,
+            [training_loss(network, batch, config) for batch in batches],
+            optimizer,
+            num_steps=num_steps,
+            max_grad_norm=config.trainer.max_grad_norm,
+            after_step=config.activations.after_step,
+            timeline=meter.timeline,
+        )
     return meter.figures
 
 
