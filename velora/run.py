@@ -123,6 +123,7 @@ def _quiet(config: Config, run: Run) -> None:
         os.environ["WANDB_ENTITY"] = config.wandb.entity
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     import transformers
 
     transformers.logging.set_verbosity_error()
