@@ -280,3 +280,8 @@ def test_what_is_kept_for_backward_in_a_llama():
     assert kept(["value"]) - exact == blocks * codes
     assert kept(["query", "key", "value"]) - exact == blocks * (3 * codes - tokens * hidden * 4)
     assert kept(["down"]) - exact == blocks * (codes - tokens * inner * 4)
+
+
+def test_all_stands_for_every_role_of_the_architecture():
+    summary = apply_velora(tiny.tiny_roberta(), "all", sub_token_size=8)
+    assert {layer.role for layer in summary.layers} == {"query", "key", "value", "output", "up", "down"}

@@ -84,8 +84,8 @@ def apply_velora(
     """Make chosen layers VeLoRA layers, in place, so that they keep N G numbers for backward in place of N D.
 
     Args:
-        layers: roles ("value", "down"; see velora/roles.py) or glob patterns of module names. A chosen module that holds
-            an adapter (PEFT's LoRA, SSF, Hydra) stands for the adapter's layers.
+        layers: roles ("value", "down"; see velora/roles.py), "all" for every role that the architecture has, or glob patterns
+            of module names. A chosen module that holds an adapter (PEFT's LoRA, SSF, Hydra) stands for the adapter's layers.
         num_groups, sub_token_size: G or S = D / G, exactly one; a number, or one per entry of `layers` or role.
         init: where the direction comes from. "fixed_average" (the paper's best): normalised mean of the calibration
             batch's sub-tokens. "svd": their first right singular vector. "running_average": a mean that follows the
@@ -106,6 +106,8 @@ def apply_velora(
     names = module_names(model)
     declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
     resolved = resolve_roles(names, roles, declared)
+    if "all" in entries and resolved:
+        entries = [*resolved, *(entry for entry in entries if entry != "all")]
     chosen = _choose(model, entries, resolved, problems)
     sizes: dict[str, tuple[int, int]] = {}
     for layer in chosen:

@@ -32,7 +32,7 @@ class Velora(Activations):
                 "give exactly one and set the other to null (the other is derived from the layer's width)"
             )
         for key, value in (("sub_token_size", size), ("num_groups", groups)):
-            if isinstance(value, dict) and (missing := [layer for layer in self.layers if layer not in value]):
+            if isinstance(value, dict) and (missing := [x for x in self.layers if x not in value and x != "all"]):
                 yield f"activations.{key}={value} has no entry for {', '.join(missing)}, which activations.layers names"
 
     def apply(self, model: nn.Module, config: Config) -> str | None:
