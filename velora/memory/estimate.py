@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora.config import Config
@@ -35,69 +36,90 @@ def target_device(config: Config) -> Device:
     return "cpu" if config.trainer.device == "cpu" else "cuda"
 
 
-def estimate(
-    config: Config, *, device: Device | None = None, batch_size: int | None = None, padded: bool = False
-) -> MemoryFigures:
-    """Peak and terms of two training steps of a configuration, on a machine that need not be able to run them.
+@dataclass(frozen=True)
+class Pretended:
+    """A configuration built of fake tensors, and the losses of its micro-batches; run them inside `context()`."""
 
-    `device`: as `target_device` if None. `batch_size`: in place of trainer.batch_size. Raises ConfigError where the
-    configuration is refused, as a run would.
-    """
-    device = device or target_device(config)
-    batch_size = batch_size or config.trainer.batch_size
+    network: nn.Module
+    batches: list[dict[str, Tensor]]
+    losses: list[Callable[[], Tensor]]
+    device: Device
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            if self.device == "cuda":
+                stack.enter_context(AsOnCuda())
+            stack.enter_context(Answers())
+            yield
+
+
+def pretend(
+    config: Config, *, device: Device | None = None, batch_size: int | None = None, padded: bool = False
+) -> Pretended:
+    """Build a configuration without weights and data; the arguments are those of `estimate`."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     network = fake_network(config, fake)
-    optimizer = config.optimizer.build(network, config)
-    if device == "cuda":
-        use_foreach(optimizer)
 
     def make(*args: Any, **kwargs: Any) -> Tensor:
         with fake:
             return torch.ones(*args, **kwargs)
 
     num_micro_batches = config.trainer.gradient_accumulation_steps
-    batches = [synthetic_batch(config, batch_size, padded, make) for _ in range(num_micro_batches)]
-    block = CUDA_BLOCK_BYTES if device == "cuda" else 1
-    timeline = Timeline(network, "cpu", block)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        if device == "cuda":
-            stack.enter_context(AsOnCuda())
-        stack.enter_context(Answers())
-        stack.enter_context(timeline.watch())
+    size = batch_size or config.trainer.batch_size
+    batches = [synthetic_batch(config, size, padded, make) for _ in range(num_micro_batches)]
+    losses = [training_loss(network, batch, config) for batch in batches]
+    return Pretended(network, batches, losses, device or target_device(config))
+
+
+def estimate(
+    config: Config, *, device: Device | None = None, batch_size: int | None = None, padded: bool = False
+) -> MemoryFigures:
+    """Peak and terms of two training steps of a configuration, on a machine that need not be able to run them.
+
+    `device`: as `target_device` if None. `batch_size`: in place of trainer.batch_size. `padded`: see `synthetic_batch`.
+    Raises ConfigError where the configuration is refused, as a run would.
+    """
+    pretended = pretend(config, device=device, batch_size=batch_size, padded=padded)
+    on_cuda = pretended.device == "cuda"
+    optimizer = config.optimizer.build(pretended.network, config)
+    if on_cuda:
+        use_foreach(optimizer)
+    timeline = Timeline(pretended.network, "cpu", CUDA_BLOCK_BYTES if on_cuda else 1)
+    with pretended.context(), timeline.watch():
         after_load = timeline.live_bytes
-        timeline.register("batch", [tensor for batch in batches for tensor in batch.values()])
+        timeline.register("batch", [tensor for batch in pretended.batches for tensor in batch.values()])
         timeline.follow(optimizer)
         training_steps(
-            network,
-            [training_loss(network, batch, config) for batch in batches],
+            pretended.network,
+            pretended.losses,
             optimizer,
             max_grad_norm=config.trainer.max_grad_norm,
             after_step=config.activations.after_step,
             timeline=timeline,
         )
-    return figures_of(timeline, "estimated", device, 2, after_load)
+    return figures_of(timeline, "estimated", pretended.device, 2, after_load)
 
 
 def largest_batch(peak_at: Callable[[int], int], available_bytes: int, limit: int = 2**20) -> int:
-    """The largest batch size whose peak fits, 0 if not even one does; `peak_at` is called about 2 log2(result) times.
+    """The largest batch size whose peak fits, 0 if not even one does.
 
-    The peak must not fall with the batch size.
+    The peak must not fall with the batch size. It is nearly a straight line, so each guess is where the line through
+    the two largest known sizes meets what is available: four or five calls of `peak_at`.
     """
-    if peak_at(1) > available_bytes:
+    known = {size: peak_at(size) for size in (1, 2)}
+    if known[1] > available_bytes:
         return 0
-    fits, too_large = 1, 2
-    while too_large <= limit and peak_at(too_large) <= available_bytes:
-        fits, too_large = too_large, 2 * too_large
+    fits, too_large = (2, limit + 1) if known[2] <= available_bytes else (1, 2)
     while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        if peak_at(middle) <= available_bytes:
-            fits = middle
+        (a, peak_a), (b, peak_b) = sorted(known.items())[-2:]
+        slope = max((peak_b - peak_a) / (b - a), 1.0)
+        guess = int(a + (available_bytes - peak_a) / slope)
+        guess = min(max(guess, fits + 1), too_large - 1)
+        known[guess] = peak_at(guess)
+        if known[guess] <= available_bytes:
+            fits = guess
         else:
-            too_large = middle
+            too_large = guess
     return fits
-
-
-def methods_compared(configs: Iterator[Config], device: Device | None = None) -> dict[str, MemoryFigures]:
-    """Estimates by name of the method."""
-    return {config.method.name: estimate(config, device=device) for config in configs}

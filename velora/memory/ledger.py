@@ -140,13 +140,19 @@ class Ledger:
             sums[entry.group(by)] = sums.get(entry.group(by), 0) + entry.num_bytes
         return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
-    def to_json(self) -> dict[str, Any]:
-        """A plain dictionary: the total, the groupings, and every storage with its holders."""
+    def summary(self) -> dict[str, Any]:
+        """A plain dictionary: the total and the groupings."""
         groupings: tuple[Grouping, ...] = ("term", "role", "kind", "holders")
         return {
             "total_bytes": self.total_bytes,
             "outside_hook_bytes": self.outside_hook_bytes,
             **{f"bytes_by_{by}": self.grouped(by) for by in groupings},
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary, and every storage with its holders."""
+        return {
+            **self.summary(),
             "storages": [asdict(entry) for entry in self.entries],
             "lived_before": [asdict(item) for item in self.lived_before],
         }

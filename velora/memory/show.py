@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from velora.memory.figures import MemoryFigures
 from velora.memory.freed import Freed
 from velora.memory.ledger import Grouping, Ledger
+from velora.memory.timeline import TERMS
 from velora.memory.units import mebibytes
 
 Columns = Mapping[str, Mapping[str, int]]
@@ -47,6 +49,28 @@ def freed_table(choices: Sequence[Freed], title: str = "") -> Any:
         rest = ", ".join((*choice.can_join, *choice.never_let_go))
         table.add_row(choice.choice, *map(mebibytes, figures), rest)
     return table
+
+
+def figures_table(figures: MemoryFigures, measured: MemoryFigures | None, title: str) -> Any:
+    """A rich Table of one configuration: each term at the peak and at its own largest, then the peak of each phase."""
+    heads = ["", "at the peak MiB", "most MiB"]
+    sources = [figures] if measured is None else [figures, measured]
+    table = _table(title, ["", *(f"{head} ({s.source})" for s in sources for head in heads[1:])])
+    for term in TERMS:
+        row = [mebibytes(value) for s in sources for value in (s.peak.terms[term], s.term_peaks[term])]
+        table.add_row(term, *row)
+    table.add_section()
+    table.add_row("peak", *[cell for s in sources for cell in (mebibytes(s.peak.num_bytes), "")])
+    for phase in figures.by_phase:
+        row = [mebibytes(_phase_peak(s, phase)) for s in sources]
+        table.add_row(f"  in {phase}", *[cell for figure in row for cell in (figure, "")])
+    table.add_row("saved for backward", *[cell for s in sources for cell in ("", mebibytes(s.saved_bytes))])
+    return table
+
+
+def _phase_peak(figures: MemoryFigures, phase: str) -> int:
+    peak = figures.by_phase[phase]
+    return peak.num_bytes if peak is not None else 0
 
 
 def columns_table(columns: Columns, title: str, extra: Mapping[str, Mapping[str, str]] | None = None) -> Any:

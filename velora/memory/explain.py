@@ -1,0 +1,182 @@
+"""Everything that `velora-memory` says about one configuration: peak, ledger, what would be freed, the paper's accounting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from velora.config import Config
+from velora.errors import ConfigError
+from velora.group import Activations
+from velora.memory.estimate import Device, Pretended, estimate, largest_batch, pretend
+from velora.memory.figures import MemoryFigures
+from velora.memory.freed import Freed, layers_by_role, layers_that_free_nothing, what_would_be_freed
+from velora.memory.ledger import Ledger, take_ledger
+from velora.memory.meter import measure
+from velora.memory.paper import accounting
+from velora.memory.storages import plain_tensors
+from velora.projection import split_width
+from velora.swap import TWINS
+
+DEFAULT_SUB_TOKEN_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to find out beside the estimate. `fit_bytes`: the memory that the largest batch is asked for."""
+
+    device: Device | None = None
+    padded: bool = False
+    ledger: bool = True
+    measure: bool = False
+    fit_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    config: Config
+    figures: MemoryFigures
+    accounting: Mapping[str, int]
+    paper: Mapping[str, float]
+    ledger: Ledger | None
+    freed: tuple[Freed, ...]
+    warnings: tuple[str, ...]
+    measured: MemoryFigures | None
+    largest_batch: int | None
+    fit_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary, without the ledger's single storages: `Ledger.to_json` has them."""
+        config, ledger = self.config, self.ledger
+        return {
+            "name": config.name,
+            "method": config.method.name,
+            "model": config.model.name,
+            "task": config.task.name,
+            "batch_size": config.trainer.batch_size,
+            "estimate": self.figures.to_json(),
+            "measured": self.measured.to_json() if self.measured else None,
+            "paper_accounting_bytes": dict(self.accounting),
+            "paper": dict(self.paper),
+            "ledger": ledger.summary() if ledger else None,
+            "freed": [{**asdict(choice), "saved_bytes": choice.saved_bytes} for choice in self.freed],
+            "warnings": list(self.warnings),
+            "largest_batch": self.largest_batch,
+            "fit_bytes": self.fit_bytes,
+        }
+
+
+def explain(config: Config, questions: Questions) -> Explanation:
+    """Answer the questions about a configuration; nothing is downloaded, and nothing runs but with `measure`."""
+    device, padded = questions.device, questions.padded
+    figures = estimate(config, device=device, padded=padded)
+    pretended = pretend(config, device=device, padded=padded)
+    ledger: Ledger | None = None
+    freed: tuple[Freed, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if questions.ledger:
+        ledger = _ledger(pretended, config)
+        freed = tuple(_what_would_be_freed(config, pretended.network, questions))
+        warnings = tuple(layers_that_free_nothing(pretended.network, ledger, config.model.roles))
+    largest = None
+    if questions.fit_bytes is not None:
+
+        def peak_at(batch_size: int) -> int:
+            return estimate(config, device=device, batch_size=batch_size, padded=padded).peak.num_bytes
+
+        largest = largest_batch(peak_at, questions.fit_bytes)
+    return Explanation(
+        config=config,
+        figures=figures,
+        accounting=_accounting(config, pretended),
+        paper=papers_figures(config),
+        ledger=ledger,
+        freed=freed,
+        warnings=warnings,
+        measured=_measure(config, questions) if questions.measure else None,
+        largest_batch=largest,
+        fit_bytes=questions.fit_bytes,
+    )
+
+
+def papers_figures(config: Config) -> dict[str, float]:
+    """The memory that the paper prints for this experiment, task and model: `memory_gb`, or nothing."""
+    if config.experiment is None:
+        return {}
+    for key in (f"{config.task.name} {config.model.name}", config.task.name, config.model.name):
+        found = config.experiment.paper.get(key)
+        if found is not None:
+            return {name: value for name, value in found.items() if name.startswith("memory")}
+    return {}
+
+
+def _ledger(pretended: Pretended, config: Config) -> Ledger:
+    with pretended.context():
+        return take_ledger(pretended.network, pretended.losses[0], config.model.roles)
+
+
+def _what_would_be_freed(config: Config, configured: nn.Module, questions: Questions) -> list[Freed]:
+    """Each role alone, each input's readers together, and the configuration's own choice, out of the plain network's ledger."""
+    plain = replace(config, activations=Activations(kind="exact"))
+    pretended = pretend(plain, device=questions.device, padded=questions.padded)
+    network, roles = pretended.network, config.model.roles
+    ledger = _ledger(pretended, plain)
+    choices: dict[str, list[str]] = layers_by_role(network, roles)
+    names = {role: "+".join(r for r, paths in choices.items() if paths == own) for role, own in choices.items()}
+    choices = {names[role]: paths for role, paths in choices.items()}  # a fused layer stands once
+    sizes = {p: _sub_token_size(config, role, network, p) for role, paths in choices.items() for p in paths}
+    alone = what_would_be_freed(ledger, choices, sizes)
+    together = {}
+    for choice in alone:
+        readers = sorted({choice.choice, *choice.can_join}, key=list(choices).index)
+        if len(readers) > 1:
+            together[" + ".join(readers)] = [p for role in readers for p in choices[role]]
+    together["all"] = list(dict.fromkeys(p for paths in choices.values() for p in paths))
+    twins = {path: module for path, module in configured.named_modules() if type(module) in TWINS.values()}
+    if twins:
+        sizes |= {path: twin.sub_token_size for path, twin in twins.items()}  # type: ignore[misc]
+        together[f"this configuration ({config.method.name})"] = list(twins)
+    return [*alone, *what_would_be_freed(ledger, together, sizes)]
+
+
+def _sub_token_size(config: Config, role: str, network: nn.Module, path: str) -> int:
+    """S of a layer: the configuration's own where it has one for the role, else 16 where that divides the width."""
+    module = network.get_submodule(path)
+    width = TWINS[type(module)].width_of(module)
+    given = {key: getattr(config.activations, key, None) for key in ("num_groups", "sub_token_size")}
+    given = {key: value.get(role) if isinstance(value, dict) else value for key, value in given.items()}
+    try:
+        return split_width(width, **given)[1]
+    except ConfigError:
+        return DEFAULT_SUB_TOKEN_SIZE if width % DEFAULT_SUB_TOKEN_SIZE == 0 else width
+
+
+def _accounting(config: Config, pretended: Pretended) -> Mapping[str, int]:
+    inputs = pretended.batches[0]
+    words = inputs.get("input_ids")
+    num_tokens = words.numel() if words is not None else _num_patches(pretended)
+    half = config.trainer.precision != "fp32" or getattr(config.weights, "dtype", "fp32") != "fp32"
+    return accounting(pretended.network, num_tokens, 2 if half else 4, config.model.roles)
+
+
+def _num_patches(pretended: Pretended) -> int:
+    """Tokens of an image batch: what the first layer with a counted role gets."""
+    seen: list[int] = []
+    first = next(m for m in pretended.network.modules() if type(m) is nn.Linear or type(m) in TWINS.values())
+
+    def note(_module: nn.Module, args: Any) -> None:
+        tensor = next(plain_tensors(args))
+        seen.append(tensor.numel() // tensor.shape[-1])
+
+    handle = first.register_forward_pre_hook(note)
+    with pretended.context():
+        pretended.losses[0]()
+    handle.remove()
+    return seen[0]
+
+
+def _measure(config: Config, questions: Questions) -> MemoryFigures:
+    return measure(config, padded=questions.padded)
