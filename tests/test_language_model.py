@@ -12,9 +12,9 @@ from text_helpers import stand_in
 from tiny import VOCABULARY, tiny_llama
 
 from velora.errors import ConfigError
-from velora.model.tokenizer import byte_tokenizer
 from velora.task import _language_model as lm
 from velora.task._text import check_vocabulary, vocabulary_size
+from velora.tokenizer import byte_tokenizer
 
 LENGTHS = (9, 5, 2, 7, 9, 3, 4)  # of seven sequences
 

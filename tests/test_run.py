@@ -12,8 +12,7 @@ import pytest
 
 TINY = [
     "model=llama_tiny", "model.architecture.hidden_size=64", "model.architecture.intermediate_size=128",
-    "model.architecture.num_hidden_layers=2",
-    "model.architecture.num_attention_heads=4", "model.architecture.num_key_value_heads=4", "task.max_length=64", "trainer.batch_size=4", "trainer.max_steps=16",
+    "model.architecture.num_hidden_layers=2", "task.max_length=64", "trainer.batch_size=4", "trainer.max_steps=16",
     "trainer.eval_every=8", "trainer.log_every=2", "wandb.mode=disabled",
 ]  # fmt: skip
 SCHEMA = {

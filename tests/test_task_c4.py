@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from velora import hub
 from velora.errors import ConfigError
-from velora.model.tokenizer import byte_tokenizer, from_folder
 from velora.task._shards import documents, one_pass, shards_of, through_buffer
 from velora.task.c4 import C4
+from velora.tokenizer import byte_tokenizer, from_folder
 
 TEXTS = [f"training document number {i:02d}" for i in range(30)]
 HELD_OUT = [f"held out {i}" for i in range(5)]

@@ -12,8 +12,8 @@ from text_helpers import composed, stand_in
 
 from velora import hub
 from velora.errors import ConfigError
-from velora.model.tokenizer import byte_tokenizer, from_folder
 from velora.task.glue import LAYOUTS, Glue, Row, collate, read_rows
+from velora.tokenizer import byte_tokenizer, from_folder
 
 # Rows of the real files, as counted by those who put them together (README beside the data).
 REAL = {

@@ -13,7 +13,7 @@ import pytest
 from velora import hub
 from velora.errors import ConfigError
 from velora.model.minilm import minilm_folder
-from velora.model.tokenizer import byte_tokenizer, from_folder, local_folder, tokenizer
+from velora.tokenizer import byte_tokenizer, from_folder, local_folder, tokenizer
 
 HARD = ["  two  spaces\nand a  line", " lead", "émoji 😀\ttab", "x" * 50, "trail  "]
 

@@ -78,6 +78,7 @@ def test_other_protocols_train_on_all_at_once(root, protocol):
     data = task(protocol=protocol).load(TRANSFORM, config(root))
     (phase,) = data.phases
     assert (len(phase.train), len(phase.validation[""])) == (9, 4)
+    assert phase.only_at_end == (protocol == "last")
     assert ("TEST set" in data.about["protocol_means"]) == (protocol == "best_on_test")
     assert set(data.about["split_files"]) == {"train800val200.txt", "test.txt"}
 
@@ -165,9 +166,6 @@ def test_problems_of_the_configuration(root):
     (root / "empty").mkdir()
     (sentence,) = task().problems(config(root / "empty"))
     assert sentence.endswith("has no task folders")
-    (sentence,) = task(protocol="last").problems(config(root))
-    assert sentence == "task.protocol=last tests once, at the end, and trainer.eval_every=epoch; set it to end"
-    assert not list(task(protocol="last").problems(config(root, eval_every="end")))
 
 
 def test_nineteen_tasks():

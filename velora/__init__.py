@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from velora.adapter_state import load_adapter, merge_adapter, save_adapter
     from velora.apply import apply_velora, calibrate, remove_velora, update_directions
     from velora.nn.linear import VeloraLinear
     from velora.nn.scale_shift import VeloraScaleShift
@@ -20,6 +21,9 @@ _HOME = {
     "update_directions": "velora.apply",
     "VeloraLinear": "velora.nn.linear",
     "VeloraScaleShift": "velora.nn.scale_shift",
+    "load_adapter": "velora.adapter_state",
+    "merge_adapter": "velora.adapter_state",
+    "save_adapter": "velora.adapter_state",
 }
 
 __all__ = [
@@ -28,7 +32,10 @@ __all__ = [
     "__version__",
     "apply_velora",
     "calibrate",
+    "load_adapter",
+    "merge_adapter",
     "remove_velora",
+    "save_adapter",
     "update_directions",
 ]
 

@@ -41,6 +41,23 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     save_file(trained, str(folder / FILE), metadata={"format": "pt"})
 
 
+def save_network(model: nn.Module, folder: str | Path) -> None:
+    """Write the whole network as plain layers would be: VeLoRA's directions are left out, so that any program reads it."""
+    from velora.apply import velora_layers
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {f"{name}.{buffer}" for name, layer in velora_layers(model).items() for buffer, _ in layer.named_buffers()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(str(folder), state_dict=state)  # type: ignore[operator]
+        return
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(contiguous, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Read what `save_adapter` wrote into a network to which the same adapter has been applied, in place.
 

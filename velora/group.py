@@ -19,7 +19,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -67,6 +67,7 @@ class Phase:
     train: Any
     validation: dict[str, Any]
     stop_at_best_of: str | None = None
+    only_at_end: bool = False  # evaluate once, at the end: these scores must not choose anything
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class TaskData:
 class Weights(Part):
     """How the weights that do not train are kept."""
 
+    quantised: ClassVar[bool] = False  # frozen weights in a form that cannot train
+
     def load_options(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained` / `from_config`."""
         return {}
@@ -103,18 +106,16 @@ class Weights(Part):
 class Adapter(Part):
     """Which parameters train: sets `requires_grad` and may insert modules."""
 
+    trains_base_weights: ClassVar[bool] = False
+
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         raise NotImplementedError
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write what was trained: the whole network, in the format of the library it comes from (safetensors)."""
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder)
-        else:
-            from safetensors.torch import save_model
+        """Write what was trained: the whole network, as plain layers, in the format of its library (safetensors)."""
+        from velora.adapter_state import save_network
 
-            folder.mkdir(parents=True, exist_ok=True)
-            save_model(model, str(folder / "model.safetensors"))
+        save_network(model, folder)
 
 
 class Optimizer(Part):
@@ -191,11 +192,15 @@ def part_class(group: str, kind: str, base: type[Part]) -> type[Part]:
     if importlib.util.find_spec(path.rpartition(".")[0]) is None or importlib.util.find_spec(path) is None:
         package = Path(__file__).parent / group
         known = sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.name.startswith("_"))
-        raise ConfigError(f"{group}.kind={kind} is not known; it is one of {', '.join(known)}, or a module's import path")
+        raise ConfigError(
+            f"{group}.kind={kind} is not known; it is one of {', '.join(known)}, or a module's import path"
+        )
     module = importlib.import_module(path)
     classes = [
         c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base) and c.__module__ == path
     ]
     if len(classes) != 1:
-        raise ConfigError(f"{group}.kind={kind}: {path} must define exactly one {base.__name__}, it defines {len(classes)}")
+        raise ConfigError(
+            f"{group}.kind={kind}: {path} must define exactly one {base.__name__}, it defines {len(classes)}"
+        )
     return classes[0]

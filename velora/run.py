@@ -123,12 +123,15 @@ def _quiet(config: Config, run: Run) -> None:
         os.environ["WANDB_ENTITY"] = config.wandb.entity
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings(
+        "ignore", message=".*LoRA tensor.*invalid shape.*"
+    )  # PEFT on our one-dimensional directions
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # those of reading and writing files; the training keeps its own
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _print_summary(record: dict[str, Any], run: Run) -> None:

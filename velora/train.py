@@ -53,7 +53,9 @@ class Loop:
         self.trainer = MeasuringTrainer(
             owner=self,
             model=network,
-            args=_arguments(config, run.folder / self.phase_folder),
+            args=_arguments(
+                config, run.folder / self.phase_folder, "end" if phase.only_at_end else config.trainer.eval_every
+            ),
             data_collator=data.collate,
             train_dataset=phase.train,
             eval_dataset=validation[""] if list(validation) == [""] else validation,
@@ -311,7 +313,7 @@ def _strategy(name: str, every: int | float | str) -> dict[str, Any]:
     return {f"{name}_strategy": "steps", f"{name}_steps": every}
 
 
-def _arguments(config: Config, folder: Path) -> TrainingArguments:
+def _arguments(config: Config, folder: Path, eval_every: int | float | str) -> TrainingArguments:
     trainer: TrainerConfig = config.trainer
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
@@ -349,7 +351,7 @@ def _arguments(config: Config, folder: Path) -> TrainingArguments:
         disable_tqdm=False,
         report_to=[] if config.wandb.mode == "disabled" else ["wandb"],
         run_name=f"{config.name}/seed{config.seed}",
-        **_strategy("eval", trainer.eval_every),
+        **_strategy("eval", eval_every),
         **_strategy("save", trainer.save_every),
         **schedule,
     )

@@ -33,7 +33,7 @@ class LoRA(InsertedAdapter):
     init: Literal["default", "pissa", "olora"]
 
     def problems(self, config: Config) -> Iterator[str]:
-        if self.init == "pissa" and getattr(config.weights, "quantised", False):
+        if self.init == "pissa" and config.weights.quantised:
             yield (
                 f"adapter.init=pissa with weights={config.weights.kind}: PiSSA needs the singular vectors of dense weights; "
                 "use adapter.init=default or olora, or weights=dense"

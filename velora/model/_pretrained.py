@@ -37,7 +37,7 @@ class PretrainedModel(Model):
             yield f"model.path={self.path} is no checkpoint folder: it has no config.json"
 
     def preprocessor(self, config: Config) -> Any:
-        from velora.model.tokenizer import tokenizer
+        from velora.tokenizer import tokenizer
 
         return tokenizer(config)
 
@@ -77,7 +77,10 @@ class PretrainedModel(Model):
     def _load(self, function: Any) -> Any:
         from velora.hub import load
 
-        return load(f"model.path={self.source()}", "give model.path=DIR, a folder with a checkpoint", function)
+        local = Path(self.source() or "").is_dir()
+        return load(
+            f"model.path={self.source()}", "give model.path=DIR, a folder with a checkpoint", function, local=local
+        )
 
     def _network_config(self, head: Head, preprocessor: Any) -> Any:
         from transformers import AutoConfig

@@ -47,7 +47,7 @@ class MiniLM(PretrainedModel):
         return str(minilm_folder())
 
     def preprocessor(self, config: Config) -> Any:
-        from velora.model.tokenizer import from_folder
+        from velora.tokenizer import from_folder
 
         return from_folder(minilm_folder())
 

@@ -26,7 +26,7 @@ class LowRankOptimizer(Optimizer):
     layerwise: bool
 
     def problems(self, config: Config) -> Iterator[str]:
-        if not getattr(config.adapter, "trains_base_weights", False):
+        if not config.adapter.trains_base_weights:
             yield (
                 f"optimizer={self.kind} with adapter={config.adapter.kind}: it makes the state of large trained matrices "
                 "smaller, and here they are frozen; use adapter=full or optimizer=adamw"

@@ -27,6 +27,8 @@ def phases(protocol: Protocol, splits: Mapping[str, Any]) -> list[Phase]:
     if protocol == "select_then_retrain":
         return [
             Phase("select", splits["train800"], {"": splits["val200"]}),
-            Phase("retrain", splits["train800val200"], {"": splits["test"]}, stop_at_best_of="select"),
+            Phase(
+                "retrain", splits["train800val200"], {"": splits["test"]}, stop_at_best_of="select", only_at_end=True
+            ),
         ]
-    return [Phase("train", splits["train800val200"], {"": splits["test"]})]
+    return [Phase("train", splits["train800val200"], {"": splits["test"]}, only_at_end=protocol == "last")]

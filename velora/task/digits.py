@@ -8,7 +8,6 @@ Shapes: n images, S x S pixels after resizing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Head, Task, TaskData
@@ -37,11 +36,6 @@ class Digits(Task):
 
     kind: Literal["digits"]
     protocol: Protocol
-
-    def problems(self, config: Config) -> Iterator[str]:
-        yield from super().problems(config)
-        if self.protocol == "last" and config.trainer.eval_every != "end":
-            yield f"task.protocol=last tests once, at the end, and trainer.eval_every={config.trainer.eval_every}; set it to end"
 
     def head(self, config: Config) -> Head:
         return Head("image_classification", num_labels=NUM_CLASSES)

@@ -26,7 +26,9 @@ class Embedded(Task):
     def task_for(self, config: Config) -> Task:
         """The task behind it."""
         kind = _KINDS[config.model.modalities()[0]]
-        found = part_class("task", kind, Task)(kind=kind, name=self.name, **self.options.get(kind, {}))
+        found = part_class("task", kind, Task).model_validate(
+            {"kind": kind, "name": self.name, **self.options.get(kind, {})}
+        )
         assert isinstance(found, Task)
         return found
 

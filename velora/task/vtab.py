@@ -36,8 +36,6 @@ class VTAB(Task):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
-        if self.protocol == "last" and config.trainer.eval_every != "end":
-            yield f"task.protocol=last tests once, at the end, and trainer.eval_every={config.trainer.eval_every}; set it to end"
         if config.data.root is not None and config.data.root.is_dir() and not self._folder(config.data.root).is_dir():
             vtab = config.data.root / "vtab"
             present = sorted(p.name for p in vtab.iterdir() if p.is_dir()) if vtab.is_dir() else []

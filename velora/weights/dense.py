@@ -21,7 +21,7 @@ class Dense(Weights):
     dtype: FloatName
 
     def problems(self, config: Config) -> Iterator[str]:
-        if self.dtype == config.trainer.precision == "fp16" and getattr(config.adapter, "trains_base_weights", False):
+        if self.dtype == config.trainer.precision == "fp16" and config.adapter.trains_base_weights:
             yield (
                 "weights.dtype=fp16 with trainer.precision=fp16: loss scaling needs the trained weights in fp32; set "
                 "weights.dtype=fp32 (mixed precision) or trainer.precision=fp32 (everything in fp16)"

@@ -30,7 +30,7 @@ class NF4(Weights):
     quantised: ClassVar[bool] = True
 
     def problems(self, config: Config) -> Iterator[str]:
-        if getattr(config.adapter, "trains_base_weights", False):
+        if config.adapter.trains_base_weights:
             yield (
                 f"weights=nf4 with adapter={config.adapter.kind}: weights in four bits do not train; "
                 "choose an adapter that leaves them frozen (adapter=lora) or weights=dense"
