@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: list[Explanation] = []
 
     def job(config: Config) -> None:
+        if options.save is not None:
+            _take_folder(options.save)
         from velora.memory.explain import Questions, explain
 
         _quiet()
@@ -175,13 +177,16 @@ def _save(explanation: Explanation, folder: Path, argv: list[str]) -> None:
         "command": " ".join(["velora-memory", *argv]),
         "config": explanation.config.raw,
     }
+    path = folder / (re.sub(r"[^\w.=+,-]+", "_", explanation.config.name) + ".json")
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record: {path}")
+
+
+def _take_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / (re.sub(r"[^\w.=+,-]+", "_", explanation.config.name) + ".json")
-        path.write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--save {folder} cannot be written ({error.strerror}); name another folder") from None
-    print(f"record: {path}")
 
 
 def _quiet() -> None:
