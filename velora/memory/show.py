@@ -104,6 +104,7 @@ def draw_columns(columns: Columns, path: Path, title: str) -> None:
         base = {method: base[method] + height for method, height in zip(columns, heights, strict=True)}
     for position, total in enumerate(base.values()):
         axes.annotate(f"{total:,.4g}", (position, total), ha="center", va="bottom", fontsize=9)
+    axes.set_ylim(0, 1.06 * max(base.values()))
     axes.set_ylabel(unit)
     axes.set_title(title)
     axes.tick_params(axis="x", rotation=30 if max(map(len, columns)) > 8 else 0)
@@ -120,10 +121,11 @@ def _parts(columns: Columns) -> list[str]:
 
 def _table(title: str, heads: Sequence[str]) -> Any:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False)
     for index, head in enumerate(heads):
         text = index == 0 or head.startswith("the rest")
-        table.add_column(head, justify="left" if text else "right", overflow="fold")
+        table.add_column(escape(head), justify="left" if text else "right", overflow="fold")
     return table
