@@ -173,3 +173,25 @@ def test_loss_that_is_not_finite(cli):
     assert "Traceback" not in done.stderr
     assert cli.record("bad")["status"] == "diverged"
     assert "step" in cli.record("bad")["error"]
+
+
+def test_two_processes_are_one_on_the_joint_batch(cli):
+    """torchrun, two gloo processes: losses and scores of one process on the joint batch (1e-5: sums in another order)."""
+    torchrun = [*cli.command("--nproc-per-node", "2", program="torchrun"), cli.command()[0]]
+    common = [*TINY, "method=velora", "activations.init=running_average"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*torchrun, *common, "name=two"], cwd=cli.folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = cli(*common, "name=one", "trainer.batch_size=8")
+    assert one.returncode == 0, one.stderr[-3000:]
+    curves = [
+        [json.loads(x) for x in (cli.folder / f"runs/{name}/seed0/metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(curves[0]) == len(curves[1]) == 10
+    for a, b in zip(*curves, strict=True):
+        assert a.pop("phase") == b.pop("phase")
+        assert a == pytest.approx(b, rel=1e-5)
+    assert not list((cli.folder / "runs/two").rglob("checkpoint-*"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class Loop:
             self._measure_speed()
             if trainer.state.global_step not in _scores_by_step(trainer.state):
                 trainer.evaluate()
+            trainer.accelerator.wait_for_everyone()  # no rank writes into a checkpoint that another one deletes
         self._collect_scores()
 
     def save(self, folder: Path) -> None:
@@ -317,6 +319,7 @@ def _arguments(config: Config, folder: Path, eval_every: int | float | str) -> T
     trainer: TrainerConfig = config.trainer
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
+    on_cpu = trainer.device == "cpu" or not torch.cuda.is_available()
     schedule: dict[str, Any] = {"lr_scheduler_type": trainer.schedule}
     if trainer.schedule == "constant" and (trainer.warmup_steps or trainer.warmup_ratio):
         schedule = {"lr_scheduler_type": "constant_with_warmup"}
@@ -337,7 +340,8 @@ def _arguments(config: Config, folder: Path, eval_every: int | float | str) -> T
         max_grad_norm=trainer.max_grad_norm or 0.0,
         bf16=trainer.precision == "bf16",
         fp16=trainer.precision == "fp16",
-        use_cpu=trainer.device == "cpu",
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         torch_compile=trainer.compile,
         logging_steps=trainer.log_every,
         logging_nan_inf_filter=False,

@@ -1,0 +1,127 @@
+"""Bytes per axis: each method makes the term of its own axis smaller and no other, on every family, counted in unique storages.
+
+Counted here by data pointer over parameters, gradients and optimiser state, apart from the program's own bookkeeping; what
+autograd keeps comes from `measure_saved_bytes`, whose own tests compare it with independent counts.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from velora.build import build_network
+from velora.cli import conf_dir
+from velora.config import Config, validate
+from velora.memory.ledger import measure_saved_bytes
+
+FAMILIES = ("llama_tiny", "roberta_tiny", "vit_tiny")
+TERMS = ("weights", "gradients", "optimizer", "saved")
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+    return validate({**raw, "name": "test"})
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+
+
+def storage_bytes(values) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in values}.values())
+
+
+@cache
+def terms(model: str, method: str) -> dict[str, int]:
+    """The four terms of one training step of a method, in bytes."""
+    config = composed(f"method={method}", f"model={model}", "task=embedded", "trainer.batch_size=4")
+    preprocessor = config.model.preprocessor(config)
+    data = config.task.load(preprocessor, config)
+    torch.manual_seed(0)
+    network, _ = build_network(config, config.task.head(config), preprocessor)
+    network.train()
+    train = data.phases[0].train
+    batch = data.collate([train[i] for i in range(4)])
+    config.activations.calibrate(network, batch)
+    optimizer = config.optimizer.build(network, config)
+    saved = measure_saved_bytes(lambda: network(**batch)["loss"])
+    network(**batch)["loss"].backward()
+    gradients = storage_bytes(p.grad for p in network.parameters() if p.grad is not None)
+    optimizer.step()
+    return {
+        "weights": storage_bytes([*network.parameters(), *network.buffers()]),
+        "gradients": gradients,
+        "optimizer": storage_bytes(tensors(list(optimizer.state.values()))),
+        "saved": saved,
+    }
+
+
+# What each method makes smaller than full training. An adapter takes gradients away, and with them optimiser state; frozen
+# layers need no input for a weight gradient, so activations shrink too, or grow where an adapter computes beside the layer.
+SMALLER = {
+    "velora": {"saved"},
+    "velora_all": {"saved"},
+    "checkpoint": {"saved"},
+    "galore": {"optimizer"},
+    "flora": {"optimizer"},
+    "linear_probe": {"gradients", "optimizer", "saved"},
+    "lora": {"gradients", "optimizer"},
+    "ssf": {"gradients", "optimizer"},
+    "hydra": {"gradients", "optimizer"},
+    "qlora": {"weights", "gradients", "optimizer"},
+}
+FREE = {"lora": {"saved"}, "ssf": {"saved"}, "hydra": {"saved"}, "qlora": {"saved"}}
+SMALL = 0.02  # added modules, directions and step counters may add this much of full training's bytes to a term ...
+ADDED = {
+    "lora": 0.12,
+    "ssf": 0.12,
+    "hydra": 0.12,
+}  # ... and these adapters their own parameters, large beside tiny networks
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("method", SMALLER)
+def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
+    full, found = terms(model, "full"), terms(model, method)
+    for term in TERMS:
+        if term in SMALLER[method]:
+            assert found[term] < full[term], term
+        elif term not in FREE.get(method, set()):
+            assert full[term] <= found[term] <= full[term] * (1 + ADDED.get(method, SMALL)), term
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize(
+    ("plain", "with_velora"),
+    [("lora", "lora_velora"), ("ssf", "ssf_velora"), ("hydra", "hydra_velora"), ("qlora", "qlora_velora")],
+)
+def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
+    before, after = terms(model, plain), terms(model, with_velora)
+    assert after["saved"] < before["saved"]
+    assert after["gradients"] == before["gradients"]
+    assert after["optimizer"] == before["optimizer"]
+    assert 0 <= after["weights"] - before["weights"] <= SMALL * before["weights"]  # the directions
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_terms_of_full_training_are_what_arithmetic_says(model):
+    """fp32 throughout: gradients as large as the parameters, AdamW's two moments twice that and a step counter a tensor."""
+    config = composed(f"model={model}", "task=embedded", "method=full")
+    network, _ = build_network(config, config.task.head(config), config.model.preprocessor(config))
+    parameters = list(network.parameters())
+    num_bytes = 4 * sum(p.numel() for p in parameters)
+    found = terms(model, "full")
+    assert found["gradients"] == num_bytes
+    assert found["optimizer"] == 2 * num_bytes + 4 * len(parameters)
