@@ -136,6 +136,10 @@ class Activations(Part):
     def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Called once, with the first training batch, before the first step of a fresh (not resumed) run."""
 
+    def warnings(self, model: nn.Module, forward: Callable[[], torch.Tensor]) -> list[str]:
+        """Sentences for the user before the first step; `forward` returns the loss of the first batch."""
+        return []
+
     def after_step(self, model: nn.Module) -> None:
         """Called after each optimiser step."""
 

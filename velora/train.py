@@ -10,11 +10,13 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     EvalPrediction,
     ProgressCallback,
@@ -200,7 +202,11 @@ class MeasuringTrainer(Trainer):
             if self.measuring_pending:
                 buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
                 with self.compute_loss_context_manager():
-                    saved = measure_saved_bytes(lambda: self.compute_loss(network, inputs))
+                    forward = partial(self.compute_loss, network, inputs)
+                    saved = measure_saved_bytes(forward)
+                    warnings = self.owner.config.activations.warnings(network, forward)
+                if self.owner.run.writes:
+                    tqdm.write("".join(f"note: {sentence}\n" for sentence in warnings), end="")
                 self.owner.memory["saved_for_backward_bytes"] = saved
                 self.owner.memory["weights_bytes"] = weights_bytes(network)
                 for name, buffer in network.named_buffers():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from velora.group import Activations
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from velora.config import Config
@@ -54,6 +55,11 @@ class Velora(Activations):
         from velora.apply import calibrate
 
         calibrate(model, batch)
+
+    def warnings(self, model: nn.Module, forward: Callable[[], torch.Tensor]) -> list[str]:
+        from velora.memory.freed import warn_before_training
+
+        return warn_before_training(model, forward)
 
     def after_step(self, model: nn.Module) -> None:
         if self.init == "running_average":
