@@ -19,7 +19,17 @@ def test_one_configuration(cli) -> None:
 
 
 def test_comparison_with_records_and_charts(cli) -> None:
-    options = ["-m", "--fit", "256MiB", "--measure", "--save", "kept", "method=full,velora_all", "trainer.device=cpu"]
+    options = [
+        "-m",
+        "--fit",
+        "256MiB",
+        "--measure",
+        "--save",
+        "kept",
+        "--storages",
+        "method=full,velora_all",
+        "trainer.device=cpu",
+    ]
     done = cli(*options, program=PROGRAM)
     assert done.returncode == 0, done.stderr
     records = {record["method"]: record for record in map(_read, (cli.folder / "kept").glob("*.json"))}
@@ -30,6 +40,7 @@ def test_comparison_with_records_and_charts(cli) -> None:
         assert record["estimate"]["peak_bytes"] == record["measured"]["peak_bytes"]
         assert record["estimate"]["peak_bytes"] == sum(record["estimate"]["peak_terms_bytes"].values())
         assert record["ledger"]["total_bytes"] == record["estimate"]["saved_for_backward_bytes"]
+        assert sum(s["num_bytes"] for s in record["ledger"]["storages"]) == record["ledger"]["total_bytes"]
         assert record["command"] == "velora-memory " + " ".join(options)
         assert record["measured"]["rss_bytes"] > 0
     full, velora = records["full"], records["velora_all"]

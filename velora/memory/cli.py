@@ -51,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         found.append(explanation)
         _print(explanation, questions, options.by)
         if options.save is not None:
-            _save(explanation, options.save, argv)
+            _save(explanation, options.save, argv, options.storages)
 
     sys.argv = [sys.argv[0], *overrides]
     status = launch("velora-memory", job)
     if len(found) > 1:
-        _compare(found, options.save, argv)
+        _compare(found, options.save)
     sys.exit(status)
 
 
@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--padded", action="store_true", help="one sequence has padding, so attention masks exist")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write one JSON record per configuration, and charts")
+    parser.add_argument(
+        "--storages", action="store_true", help="with --save: every storage of the ledger with its holders"
+    )
     return parser
 
 
@@ -127,7 +130,7 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
         console.print(text, style="bold", highlight=False)
 
 
-def _compare(found: list[Explanation], folder: Path | None, argv: list[str]) -> None:
+def _compare(found: list[Explanation], folder: Path | None) -> None:
     from rich.console import Console
 
     from velora.memory.show import columns_table, draw_columns
@@ -159,6 +162,7 @@ def _labels(found: list[Explanation]) -> list[str]:
     for name in (
         lambda e: e.config.method.name,
         lambda e: f"{e.config.model.name} {e.config.method.name}",
+        lambda e: (e.config.experiment.name if e.config.experiment else e.config.name).rpartition("/")[2],
         lambda e: e.config.name,
     ):
         labels = [name(e) for e in found]
@@ -167,11 +171,13 @@ def _labels(found: list[Explanation]) -> list[str]:
     return [f"{index}: {e.config.name}" for index, e in enumerate(found)]
 
 
-def _save(explanation: Explanation, folder: Path, argv: list[str]) -> None:
+def _save(explanation: Explanation, folder: Path, argv: list[str], storages: bool) -> None:
     from velora.record import git_state, versions
 
+    ledger = explanation.ledger
     record = {
         **explanation.to_json(),
+        **({"ledger": ledger.to_json()} if storages and ledger is not None else {}),
         "versions": versions(),
         "git": git_state(),
         "command": " ".join(["velora-memory", *argv]),

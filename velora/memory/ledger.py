@@ -7,7 +7,8 @@ held some other way, usually by an attribute of a custom function's ctx: it is l
 
 A storage with several holders disappears only when all of them let go, which is why the ledger names them all.
 Parameters, buffers and inputs that are saved for backward cost nothing more than they do anyway; they
-are listed apart. Random-number states that checkpointed regions keep (5 kB each, on the CPU) are not counted.
+are listed apart. Not counted, because they are made without the dispatcher: the random-number states that checkpointed
+regions keep (5 kB each, on the CPU) and the tensors of 8 bytes that Python numbers become.
 """
 
 from __future__ import annotations

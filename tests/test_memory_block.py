@@ -1,0 +1,56 @@
+"""The shares of one block, against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from velora.memory.block import GRADIENTS, PARTS, STATE, WEIGHTS, block_bytes
+from velora.memory.summary import main as summarise
+
+SIZES = ["hidden_size=64", "intermediate_size=128", "num_attention_heads=4", "num_key_value_heads=4"]
+SETTING = ["task=manual", "model=llama_tiny", "task.max_length=128", "trainer.batch_size=4"]
+SETTING += [f"model.architecture.{size}" for size in SIZES]
+NUM_TOKENS, HIDDEN, WIDE, FLOAT = 4 * 128, 64, 128, 4
+NUM_WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * WIDE + 2 * HIDDEN
+
+
+def test_a_block_of_full_training() -> None:
+    found = block_bytes([*SETTING, "method=full"])
+    # allocations for CUDA are multiples of 512 bytes: the two norms' weights (256 bytes) take twice their size
+    assert found[WEIGHTS] == found[GRADIENTS] == NUM_WEIGHTS * FLOAT + 2 * 256
+    assert found[STATE] == pytest.approx(2 * found[WEIGHTS], rel=0.05)  # and a step counter of 512 bytes per tensor
+    assert found[PARTS["inputs of linear layers"]] == NUM_TOKENS * (2 * HIDDEN + WIDE) * FLOAT
+    assert found[PARTS["swiglu"]] == NUM_TOKENS * 3 * WIDE * FLOAT  # SiLU's input, its output, up's output
+    num_heads = 4
+    assert found[PARTS["attention"]] == NUM_TOKENS * (4 * HIDDEN + num_heads) * FLOAT  # q, k, v, output, log-sum-exp
+    assert found[PARTS["norms"]] == NUM_TOKENS * 2 * (2 * HIDDEN + 1) * FLOAT  # input, normalised, reciprocal root
+
+
+def test_each_method_takes_away_its_own_part() -> None:
+    full, lora, velora = (block_bytes([*SETTING, f"method={m}"]) for m in ("full", "lora", "velora_all"))
+    inputs = PARTS["inputs of linear layers"]
+    assert lora[GRADIENTS] < 0.3 * full[GRADIENTS]
+    assert inputs not in velora
+    assert velora[PARTS["codes"]] == NUM_TOKENS * (6 * HIDDEN + WIDE) * FLOAT // 16
+    for part in (PARTS["swiglu"], PARTS["norms"], PARTS["attention"]):
+        assert full[part] == velora[part]
+
+
+def test_summary_lists_every_record_beside_the_papers_figure(tmp_path: Path) -> None:
+    estimate = {
+        "peak_bytes": 3_000_000_000,
+        "peak_terms_bytes": {"weights": 1_000_000_000, "gradients": 0, "optimizer": 0, "activations": 2_000_000_000}
+        | {"batch": 0, "transient": 0},
+        "saved_for_backward_bytes": 2_000_000_000,
+    }
+    config = {"trainer": {"batch_size": 8, "precision": "bf16"}, "weights": {"dtype": "bf16", "quant_type": "nf4"}}
+    record = {"name": "a", "method": "qlora", "estimate": estimate, "paper": {"memory_gb": 2.5}, "config": config}
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "a.json").write_text(json.dumps({**record, "command": "velora-memory method=qlora"}))
+    summarise([str(tmp_path)])
+    text = (tmp_path / "README.md").read_text()
+    assert "| a | 8 | bf16, weights bf16 and nf4 | 3.00 | 1.00 | 0.00 | 0.00 | 2.00 | 0.00 | 2.00 | 2.5 |" in text
+    assert "velora-memory method=qlora" in text
