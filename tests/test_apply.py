@@ -70,7 +70,7 @@ def test_summary_names_layers_roles_and_derived_sizes():
 def test_a_fused_layer_has_all_its_roles():
     summary = apply_velora(tiny.tiny_vit(), ["query", "value"], sub_token_size={"query": 8, "value": 8})
     assert {layer.role for layer in summary.layers} == {"query+key+value"}
-    with pytest.raises(ConfigError, match=r"blocks.0.attn.qkv: .* has several entries \(4, 8\)"):
+    with pytest.raises(ConfigError, match=r"blocks.0.attn.qkv and 1 more: .* has several entries \(4, 8\)"):
         apply_velora(tiny.tiny_vit(), ["query", "value"], sub_token_size={"query": 8, "value": 4})
 
 
@@ -159,8 +159,8 @@ def test_one_module_under_two_names_is_one_layer():
         (
             {"layers": ["value", "model.norm", "*.mlp", "*.wq", "down"], "num_groups": 7},
             ["'*.wq' matches no module", "model.norm: LlamaRMSNorm has no VeLoRA twin", "layers.1.mlp: LlamaMLP has no",
-             "layers.0.self_attn.v_proj: num_groups=7 does not divide the width 32 (4 or 8 would)",
-             "layers.1.mlp.down_proj: num_groups=7 does not divide the width 48 (6 or 8 would)"],
+             "layers.0.self_attn.v_proj and 1 more: num_groups=7 does not divide the width 32 (4 or 8 would)",
+             "layers.0.mlp.down_proj and 1 more: num_groups=7 does not divide the width 48 (6 or 8 would)"],
         ),
         ({"layers": ["value", "down"], "num_groups": {"value": 4}}, ["num_groups={'value': 4} has no entry for it (down)"]),
         ({"layers": ["value"], "num_groups": 4, "roles": {"up": ["up_proj"]}}, ["no role 'value': its roles are up"]),

@@ -110,11 +110,14 @@ def apply_velora(
         entries = [*resolved, *(entry for entry in entries if entry != "all")]
     chosen = _choose(model, entries, resolved, problems)
     sizes: dict[str, tuple[int, int]] = {}
+    unfit: dict[str, list[str]] = {}
     for layer in chosen:
         try:
             sizes[layer.name] = _sizes(layer, num_groups, sub_token_size)
         except ConfigError as error:
-            problems.append(f"{layer.name}: {error}")
+            unfit.setdefault(str(error), []).append(layer.name)
+    for sentence, (first, *others) in unfit.items():
+        problems.append(f"{first}{f' and {len(others)} more' if others else ''}: {sentence}")
     raise_problems(problems)
     _look_for_frozen(chosen)
     for layer in chosen:

@@ -115,7 +115,6 @@ def _quiet(config: Config, run: Run) -> None:
     """Settings that libraries read when they are imported, and their chatter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ["WANDB_MODE"] = config.wandb.mode
     os.environ.setdefault("WANDB_DIR", str(run.folder))
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ["WANDB_PROJECT"] = config.wandb.project
@@ -128,8 +127,11 @@ def _quiet(config: Config, run: Run) -> None:
     )  # PEFT on our one-dimensional directions
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.pop("WANDB_MODE", None)
     import transformers
+    import transformers.integrations.integration_utils  # announces an offline mode that it finds set
 
+    os.environ["WANDB_MODE"] = config.wandb.mode
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # those of reading and writing files; the training keeps its own
 
