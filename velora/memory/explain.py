@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -95,11 +95,16 @@ def explain(config: Config, questions: Questions) -> Explanation:
         paper=papers_figures(config),
         ledger=ledger,
         freed=freed,
-        warnings=warnings,
+        warnings=(*warnings, *_not_in_the_estimate(config)),
         measured=_measure(config, questions) if questions.measure else None,
         largest_batch=largest,
         fit_bytes=questions.fit_bytes,
     )
+
+
+def _not_in_the_estimate(config: Config) -> Iterator[str]:
+    if config.trainer.compile:
+        yield "trainer.compile=true is not in these figures: they are those of the uncompiled network"
 
 
 def papers_figures(config: Config) -> dict[str, float]:

@@ -47,7 +47,8 @@ class ModuleStack:
         self._changed()
 
     def _leave(self, path: str) -> None:
-        assert self._stack.pop() == path, "modules are left in the order in which they were entered"
+        left = self._stack.pop()
+        assert left == path, "modules are left in the order in which they were entered"
         self._changed()
 
     @contextmanager
