@@ -129,6 +129,8 @@ class Run:
             if self.config.resume == "required":
                 raise ConfigError(f"resume=required: {self.folder} holds no run to continue; use resume=auto")
             return
+        if not self.metrics_file.is_file() and self.last_checkpoint() is None:
+            return  # it never got to its first step: there is nothing to lose
         earlier = yaml.safe_load(file.read_text()) or {}
         changed = sorted(_changed_keys(_identity(earlier), _identity(self.config.raw)))
         if changed and self.config.resume != "never":

@@ -46,7 +46,7 @@ def _table(group: list[Record]) -> str:
     methods = _grouped(group, lambda r: r.label)
     reference = _speed(methods.get("full", []), speed_key)
     if speed_key:
-        head.append(speed_key.replace("_", " ").replace("per second", "/s") + (", full = 1" if reference else ""))
+        head.append(speed_key.removesuffix("_per_second") + "/s" + (", full = 1" if reference else ""))
     rows = []
     for label, runs in methods.items():
         row = [label, str(len(runs)), *(_spread(r.scores.get(k) for r in runs) for k in score_keys)]

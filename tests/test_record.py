@@ -1,0 +1,130 @@
+"""The run folder: who may use it, what is kept, what is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from velora.errors import ConfigError, RunError
+from velora.record import Run, git_state, versions
+
+
+def config(folder: Path, **changes):
+    raw = {
+        "name": "a",
+        "seed": 0,
+        "trainer": {"max_steps": 3, "num_workers": 0},
+        "model": {"name": "m"},
+        **changes.pop("raw", {}),
+    }
+    values = {
+        "name": "a", "seed": 0, "runs_dir": folder, "folder": folder / "a" / "seed0", "resume": "auto", "overwrite": False,
+        "raw": raw, "method": SimpleNamespace(name="full"), "model": SimpleNamespace(name="m"), "task": SimpleNamespace(name="t"),
+    }  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def started(folder: Path, **changes) -> Run:
+    run = Run(config(folder, **changes))
+    run.start()
+    run.log({"phase": "train", "step": 1, "loss": 1.0})
+    return run
+
+
+def released(run: Run) -> None:
+    run._lock.close()
+
+
+def test_same_configuration_may_continue(tmp_path):
+    released(started(tmp_path))
+    run = Run(
+        config(tmp_path, raw={"trainer": {"max_steps": 3, "num_workers": 7}})
+    )  # where it is computed does not count
+    assert not run.is_finished()
+
+
+def test_another_configuration_is_refused_and_the_old_one_stays(tmp_path):
+    released(started(tmp_path))
+    with pytest.raises(ConfigError, match=r"different: trainer.max_steps\).*overwrite=true"):
+        Run(config(tmp_path, raw={"trainer": {"max_steps": 4, "num_workers": 0}}))
+    assert "max_steps: 3" in (tmp_path / "a/seed0/config.yaml").read_text()
+
+
+def test_a_run_that_never_began_is_no_obstacle(tmp_path):
+    run = Run(config(tmp_path))
+    run.start()
+    run.finish("failed", "wrong", {})
+    released(run)
+    assert not Run(config(tmp_path, raw={"trainer": {"max_steps": 4}})).is_finished()
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
+    run = started(tmp_path)
+    (run.folder / "checkpoint-3").mkdir()
+    run.finish("failed", "x", {})
+    released(run)
+    again = Run(config(tmp_path, overwrite=True, raw={"trainer": {"max_steps": 4}}))
+    again.start()
+    assert sorted(p.name for p in again.folder.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_two_processes_cannot_write_one_run(tmp_path):
+    run = Run(config(tmp_path))
+    with pytest.raises(ConfigError, match="another process is writing"):
+        Run(config(tmp_path))
+    released(run)
+
+
+def test_resume_required_without_a_run(tmp_path):
+    with pytest.raises(ConfigError, match="holds no run to continue"):
+        Run(config(tmp_path, resume="required"))
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(RunError, match="cannot be written"):
+        Run(config(tmp_path))
+
+
+def test_result_is_json_without_nan_and_checkpoints_go(tmp_path):
+    run = started(tmp_path)
+    (run.folder / "checkpoint-3").mkdir()
+    run.finish("ok", None, {"metrics": {"loss": float("nan"), "accuracy": 0.5}, "memory": {"weights_bytes": 4}})
+    text = (run.folder / "result.json").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)
+    assert record["metrics"] == {"loss": None, "accuracy": 0.5, "best": {}}
+    assert record["memory"]["weights_bytes"] == 4
+    assert record["memory"]["peak_allocated_bytes"] is None
+    assert not (run.folder / "checkpoint-3").exists()
+
+
+def test_metrics_rewind_to_the_checkpoint(tmp_path):
+    run = started(tmp_path)
+    for step in (2, 3):
+        run.log({"phase": "train", "step": step})
+    run.log({"phase": "other", "step": 9})
+    with run.metrics_file.open("a") as file:
+        file.write('{"phase": "train", "st')  # cut by a kill
+    run.rewind_metrics("train", 2)
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 9]
+
+
+def test_newest_complete_checkpoint(tmp_path):
+    run = Run(config(tmp_path))
+    assert run.last_checkpoint() is None
+    for step, complete in ((5, True), (10, True), (15, False)):
+        folder = run.folder / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert run.last_checkpoint().name == "checkpoint-10"
+
+
+def test_versions_and_commit():
+    assert {"python", "torch", "transformers", "velora"} <= set(versions())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert git_state()["commit"] == (head.stdout.strip() or None)
