@@ -72,3 +72,19 @@ def test_is_an_evaluate_metric_that_leaves_nothing_behind(name: str, tmp_path, m
     assert list(metric.compute(predictions=[0, 1, 1, 0], references=[0, 1, 0, 0])) == [name]
     del metric
     assert not list(tmp_path.iterdir())
+
+
+def test_loss_is_a_mean_over_examples():
+    """Against torch's own losses in float64; 1e-12: the same sums in another order."""
+    import torch
+
+    from velora.metrics import scores
+
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(37, 3, generator=generator), torch.randint(3, (37,), generator=generator)
+    found = scores(["accuracy"], logits.numpy(), labels.numpy())
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits.double(), labels).item(), rel=1e-12)
+    assert found["accuracy"] == (logits.argmax(-1) == labels).double().mean().item()
+    values, targets = torch.randn(37, 1, generator=generator), torch.randn(37, generator=generator)
+    found = scores(["pearson"], values.numpy(), targets.numpy(), regression=True)
+    assert found["loss"] == pytest.approx(((values[:, 0].double() - targets) ** 2).mean().item(), rel=1e-12)

@@ -123,7 +123,7 @@ def test_head_and_scores(name: str) -> None:
     if head.regression:
         assert (head.num_labels, name) == (1, "stsb")
         assert scores(np.array([[1.0], [2.0], [3.0], [5.0]]), np.array([2.0, 4.0, 6.0, 10.0])) == pytest.approx(
-            {"pearson": 1.0, "spearman": 1.0}
+            {"pearson": 1.0, "spearman": 1.0, "loss": (1 + 4 + 9 + 25) / 4}
         )
         return
     assert head.num_labels == (3 if name == "mnli" else 2)
@@ -131,7 +131,10 @@ def test_head_and_scores(name: str) -> None:
     logits[[0, 1, 2, 3], [0, 1, 1, 1]] = 2.0
     found = scores(logits, np.array([0, 1, 1, 0]))  # true positives 2, false positives 1, true negatives 1
     expected = {"accuracy": 0.75, "f1": 0.8, "matthews_correlation": 1 / np.sqrt(3)}
-    assert found == pytest.approx({key: expected[key] for key in task.layout.metrics})
+    right = -np.log(np.exp(2) / (np.exp(2) + (head.num_labels - 1) * np.exp(-1)))
+    wrong = -np.log(np.exp(-1) / (np.exp(2) + (head.num_labels - 1) * np.exp(-1)))
+    losses = {"loss": (3 * right + wrong) / 4}
+    assert found == pytest.approx({key: expected[key] for key in task.layout.metrics} | losses)
 
 
 def test_selection_follows_galore() -> None:

@@ -76,7 +76,8 @@ class TaskData:
 
     `collate` turns a list of examples into the keyword arguments of the model. `reduce_logits(logits, labels)`, if given,
     shrinks what an evaluation step keeps (per-sequence sums in place of N x vocabulary logits). `metrics(predictions,
-    labels)` gets NumPy arrays of all examples and returns named scores. `best_metric` names the score that selects an epoch.
+    labels)` gets NumPy arrays of all examples and returns named scores, `loss` among them, each a mean over what was summed
+    (examples, tokens). `best_metric` names the score that selects an epoch.
     """
 
     phases: list[Phase]

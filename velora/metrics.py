@@ -12,6 +12,8 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
+from scipy.special import log_softmax
 
 
 class LocalMetric(evaluate.Metric):
@@ -99,3 +101,19 @@ def compute(names: Sequence[str], predictions: Any, references: Any) -> dict[str
         assert found is not None
         scores.update(found)
     return scores
+
+
+def scores(names: Sequence[str], outputs: Any, labels: Any, regression: bool = False) -> dict[str, float]:
+    """The named scores and `loss`, out of a network's outputs (E x classes, or E x 1 for a regression) and E labels.
+
+    `loss` is the mean over the examples (cross-entropy, or squared error), in float64: Trainer's own figure is a mean over
+    batches, in which the examples of a short last batch count for more.
+    """
+    outputs = np.asarray(outputs, dtype=np.float64)
+    if regression:
+        predictions = outputs[:, 0]
+        losses = (predictions - labels) ** 2
+    else:
+        predictions = outputs.argmax(axis=-1)
+        losses = -log_softmax(outputs, axis=-1)[np.arange(len(labels)), labels]
+    return {"loss": float(losses.mean()), **compute(names, predictions, labels)}

@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -107,9 +106,9 @@ def image_collate(transform: ImageTransform) -> Callable[[Sequence[tuple[Tensor,
 
 def top1(predictions: Any, labels: Any) -> dict[str, float]:
     """Top-1 accuracy over all examples; `predictions` are logits (n x C)."""
-    from velora.metrics import Accuracy
+    from velora.metrics import scores
 
-    return Accuracy().compute(predictions=np.argmax(predictions, axis=-1), references=labels)
+    return scores(["accuracy"], predictions, labels)
 
 
 def image_batch_shapes(batch_size: int, image_size: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -152,10 +152,9 @@ class Glue(Task):
         return {"input_ids": (ids, "int64"), "attention_mask": (ids, "int64"), "labels": ((batch_size,), labels)}
 
     def _scores(self, logits: Any, labels: Any) -> dict[str, float]:
-        from velora.metrics import compute
+        from velora.metrics import scores
 
-        predictions = logits[:, 0] if self.layout.labels is None else logits.argmax(axis=-1)
-        return compute(self.layout.metrics, predictions, labels)
+        return scores(self.layout.metrics, logits, labels, regression=self.layout.labels is None)
 
     def _subset(
         self, rows: list[Row], size: int | None, seed: int | None, about: dict[str, Any], split: str

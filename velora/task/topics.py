@@ -31,7 +31,7 @@ class Topics(Task):
         return Head("sequence_classification", self.num_topics)
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
-        from velora.metrics import compute
+        from velora.metrics import scores
         from velora.task._text import check_vocabulary
         from velora.task.glue import collate
 
@@ -40,7 +40,7 @@ class Topics(Task):
         return TaskData(
             phases=[Phase("train", sides["train"], {"": sides["validation"]})],
             collate=lambda rows: collate(rows, preprocessor, self.max_length, regression=False),
-            metrics=lambda logits, labels: compute(["accuracy"], logits.argmax(-1), labels),
+            metrics=lambda logits, labels: scores(["accuracy"], logits, labels),
             best_metric="accuracy",
             greater_is_better=True,
             unit="tokens",
