@@ -17,8 +17,13 @@ NUM_TOKENS, HIDDEN, WIDE, FLOAT = 4 * 128, 64, 128, 4
 NUM_WEIGHTS = 4 * HIDDEN**2 + 3 * HIDDEN * WIDE + 2 * HIDDEN
 
 
-def test_a_block_of_full_training() -> None:
-    found = block_bytes([*SETTING, "method=full"])
+@pytest.fixture(scope="module")
+def full() -> dict[str, int]:
+    return block_bytes([*SETTING, "method=full"])
+
+
+def test_a_block_of_full_training(full: dict[str, int]) -> None:
+    found = full
     # allocations for CUDA are multiples of 512 bytes: the two norms' weights (256 bytes) take twice their size
     assert found[WEIGHTS] == found[GRADIENTS] == NUM_WEIGHTS * FLOAT + 2 * 256
     assert found[STATE] == pytest.approx(2 * found[WEIGHTS], rel=0.05)  # and a step counter of 512 bytes per tensor
@@ -29,8 +34,8 @@ def test_a_block_of_full_training() -> None:
     assert found[PARTS["norms"]] == NUM_TOKENS * 2 * (2 * HIDDEN + 1) * FLOAT  # input, normalised, reciprocal root
 
 
-def test_each_method_takes_away_its_own_part() -> None:
-    full, lora, velora = (block_bytes([*SETTING, f"method={m}"]) for m in ("full", "lora", "velora_all"))
+def test_each_method_takes_away_its_own_part(full: dict[str, int]) -> None:
+    lora, velora = (block_bytes([*SETTING, f"method={m}"]) for m in ("lora", "velora_all"))
     inputs = PARTS["inputs of linear layers"]
     assert lora[GRADIENTS] < 0.3 * full[GRADIENTS]
     assert inputs not in velora

@@ -186,6 +186,14 @@ def roles_of_modules(model: nn.Module, roles: Roles | None = None) -> dict[str, 
     return found
 
 
+def _called_by_checkpoint() -> bool:
+    """Whether a saved-tensors hook was called by torch.utils.checkpoint itself, or by a function that it applied."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == torch.autograd.function.__name__:
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == checkpoint.__module__
+
+
 @dataclass
 class _Origin:
     module: str
@@ -236,7 +244,7 @@ class _Recorder(AllocationTracker):
 
     def pack(self, tensor: Tensor) -> Tensor:
         node_number = torch.autograd._get_sequence_nr() - 1  # the node that saves has just been made
-        by_checkpoint = sys._getframe(1).f_globals.get("__name__") == checkpoint.__module__  # without a node
+        by_checkpoint = _called_by_checkpoint()  # the region's inputs: without a node, or with one of no consequence
         for plain in plain_tensors(tensor):
             self.meet(plain, self.lived_before)
             number = -1 if by_checkpoint else node_number
@@ -251,7 +259,7 @@ class _Recorder(AllocationTracker):
 
     def ledger(self, loss: Tensor, roles: Mapping[str, str]) -> Ledger:
         names, kept_on_ctx = self._walk(loss)
-        living = self.living(apart_from=[loss])
+        living = {key: num_bytes for key, num_bytes in self.living(apart_from=[loss]).items() if num_bytes}
         entries = []
         for key, num_bytes in living.items():
             origin, outside = self.origins[key], key not in self.saved
