@@ -125,6 +125,30 @@ def test_checkpointing_moves_bytes_from_activations_to_transient() -> None:
     assert after.by_phase["backward"].terms["transient"] > before.by_phase["backward"].terms["transient"]
 
 
+def test_the_allocators_peaks_are_read_and_reset_at_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA side of the books, with a stand-in for the allocator (this machine may have no GPU)."""
+    model = tiny_llama()
+    meter, resets, readings = Meter(model), [], iter(range(10**6, 2 * 10**6))
+    meter.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: next(readings))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _device: 2**21)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a stand-in")
+    with meter.measuring(optimizer := adamw(model)):
+        training_steps(model, [loss_of(model)], optimizer, timeline=meter.timeline)
+    figures = meter.figures
+    # load, then forward, backward, step twice: seven phases end, each is read once and reset
+    assert figures.device_peaks == {
+        "after load": {"allocated": 10**6, "reserved": 2**21},
+        "forward": {"allocated": 10**6 + 4, "reserved": 2**21},
+        "backward": {"allocated": 10**6 + 5, "reserved": 2**21},
+        "step": {"allocated": 10**6 + 6, "reserved": 2**21},
+    }
+    assert len(resets) == 1 + 7
+    assert figures.unexplained_bytes == 10**6 + 6 - figures.peak.num_bytes
+    assert figures.device == "a stand-in"
+
+
 @pytest.mark.gpu
 def test_on_cuda_the_allocators_peak_is_explained() -> None:
     model = tiny_llama(hidden_size=256, intermediate_size=688).cuda()
