@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from velora.cli import default_name
+from velora.cli import default_name, expand_globs
+from velora.errors import ConfigError
 
 REFUSED = {
     "unknown method": (["method=veloar"], "method=veloar is not known", "velora"),
@@ -121,6 +122,20 @@ def test_every_shipped_choice_composes(cli):
         [sys.executable, "-c", code, *choices], cwd=cli.folder, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == f"composed {len(choices)}", done.stderr[-2000:]
+
+
+def test_globs_reach_nested_values_and_never_match_nothing(tmp_path):
+    (tmp_path / "task" / "mine").mkdir(parents=True)
+    (tmp_path / "task" / "mine" / "a.yaml").write_text("")
+    glue = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
+    assert expand_globs(["-m", "task=glob(glue/*)"]) == ["-m", "task=" + ",".join(f"glue/{name}" for name in glue)]
+    assert expand_globs(["task=glob(glue/s*)", "seed=1"]) == ["task=glue/sst2,glue/stsb", "seed=1"]
+    assert expand_globs(["--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
+    assert "glue/sst2" not in expand_globs(["task=glob(*)"])[0]
+    untouched = ["method=glob(*,exclude=l*)", "trainer.batch_size=4"]
+    assert expand_globs(untouched) == untouched
+    with pytest.raises(ConfigError, match=r"task=glob\(gleu/\*\) matches nothing; task is one of .*glue/sst2"):
+        expand_globs(["task=glob(gleu/*)"])
 
 
 def test_name_holds_what_changes_the_result():

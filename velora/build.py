@@ -8,7 +8,7 @@ from torch import nn
 
 from velora.config import Config
 from velora.group import Head
-from velora.memory.storages import unique_bytes
+from velora.memory.storages import model_tensors, unique_bytes
 
 
 def build_network(config: Config, head: Head, preprocessor: Any) -> tuple[nn.Module, str | None]:
@@ -32,5 +32,5 @@ def parameter_counts(network: nn.Module) -> dict[str, int]:
 
 
 def weights_bytes(network: nn.Module) -> int:
-    """Bytes of parameters and buffers, each storage once."""
-    return unique_bytes([*network.parameters(), *network.buffers()])
+    """Bytes of parameters and buffers, and of what belongs to a quantised weight, each storage once."""
+    return unique_bytes(model_tensors(network))

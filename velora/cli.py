@@ -5,7 +5,9 @@ Nothing here imports torch: `--help`, `--cfg job` and a refused configuration an
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -66,6 +68,10 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    try:
+        sys.argv[1:] = expand_globs(sys.argv[1:])
+    except ConfigError as error:
+        return _report(program, str(error), 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its exceptions instead of printing them and exiting with 1
     status = 0
 
@@ -104,6 +110,30 @@ def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrid
     except RunError as error:
         return _report(program, str(error), 1)
     return 0
+
+
+def expand_globs(arguments: list[str]) -> list[str]:
+    """Write `group=glob(pattern)` as a comma list, also for nested values: `task=glob(vtab/*)`.
+
+    Hydra's own glob sees one level only, and a pattern that matches nothing runs nothing and reports success. Raises
+    ConfigError for such a pattern. What is no group, or has `exclude`, is left to Hydra.
+    """
+    own = [Path(b) for a, b in itertools.pairwise(arguments) if a in ("--config-dir", "-cd")]
+    own += [Path(a.partition("=")[2]) for a in arguments if a.startswith("--config-dir=")]
+    expanded = []
+    for argument in arguments:
+        found = re.fullmatch(r"(\w+)=glob\(([^,()]+)\)", argument)
+        folders = [folder / found[1] for folder in (conf_dir(), *own)] if found else []
+        if found and any(folder.is_dir() for folder in folders):
+            group, pattern = found[1], found[2].strip("'\" ")
+            known = {str(f.relative_to(folder).with_suffix("")) for folder in folders for f in folder.rglob("*.yaml")}
+            level = [value for value in known if value.count("/") == pattern.count("/")]
+            values = sorted(fnmatch.filter(level, pattern))
+            if not values:
+                raise ConfigError(f"{argument} matches nothing; {group} is one of {', '.join(sorted(known))}")
+            argument = f"{group}={','.join(values)}"
+        expanded.append(argument)
+    return expanded
 
 
 def default_name(raw: dict[str, Any], overrides: list[str]) -> str:
