@@ -26,6 +26,17 @@ REFUSED = {
     "task for another family": (["task=glue/sst2", "model=llama_tiny"], "task=glue/sst2", "choose another model or task"),
     "model without a path": (["model=causal_lm"], "model.path has no value", "give model.path="),
     "pretrained without a path": (["model=llama_60m", "model.pretrained=true"], "model.pretrained=true", "model.path=DIR"),
+    "moment out of range": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1=1.5", "less than 1"),
+    "half a step": (["trainer.eval_every=1.5"], "trainer.eval_every=1.5", "a fraction of the run below 1"),
+    "another value's key": (
+        ["method=lora_velora", "activations=exact"], "activations.layers is a key of activations=velora", "method"
+    ),
+    "embedded task": (["task=embedded", "+task.options.manul.max_length=9"], "task.options.manul is not a key", "manual"),
+    "embedded task's key": (
+        ["task=embedded", "+task.options.manual.max_lenght=9"], "options.manual.max_lenght", "options.manual.max_length"
+    ),
+    "no such package": (["adapter.kind=nowhere.to.be.found"], "adapter.kind=nowhere.to.be.found", "import path"),
+    "nothing to continue": (["resume=required"], "resume=required", "resume=auto"),
     "syntax": (["trainer.max_steps=]["], "trainer.max_steps=][", ""),
 }  # fmt: skip
 

@@ -80,7 +80,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
 
 
 def test_resume_required_without_a_run(tmp_path):
-    with pytest.raises(ConfigError, match="holds no run to continue"):
+    with pytest.raises(ConfigError, match="holds no checkpoint to continue from"):
         Run(config(tmp_path, resume="required"))
 
 

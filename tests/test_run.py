@@ -112,7 +112,7 @@ LONG = [
 def _start(cli, name, *overrides):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
-        cli.command(*LONG, f"name={name}", *overrides), cwd=cli.folder, env=environment,
+        cli.command(*overrides, *LONG, f"name={name}"), cwd=cli.folder, env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -158,6 +158,43 @@ def test_signal_ends_the_run_with_a_record(cli, number):
     assert record["status"] == "failed"
     assert number.name in record["error"]
     assert list((cli.folder / "runs/stopped/seed0").glob("checkpoint-*"))
+
+
+def test_signal_ends_a_multirun(cli):
+    process = _start(cli, "sweep/${trainer.batch_size}", "-m", "trainer.batch_size=4,8")
+    _wait_for_step(cli, "sweep/4", 3, process)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "the same command continues it" in error
+    assert "Traceback" not in error
+    assert not (cli.folder / "runs/sweep/8").exists()
+
+
+def test_required_resume_of_a_run_whose_second_phase_has_no_checkpoint_yet(cli):
+    """Interrupted in the first of two phases: the second one starts from its beginning, as it would have."""
+    vision = [
+        "task=digits", "model=vit_tiny", "trainer.num_epochs=2", "trainer.batch_size=100", "trainer.save_every=1",
+        "trainer.log_every=1", "method=full", "wandb.mode=disabled",
+    ]  # fmt: skip
+    process = subprocess.Popen(cli.command(*vision, "name=two"), cwd=cli.folder, stderr=subprocess.DEVNULL)
+    _wait_for_step(cli, "two", 4, process)
+    process.kill()
+    process.wait()
+    done = cli(*vision, "name=two", "resume=required")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(cli.record("two")["metrics"]) >= {"accuracy", "select"}
+
+
+def test_measuring_leaves_no_trace(cli):
+    """The forwards that only measure are no part of the running average, which accumulation would weight by them."""
+    common = [*TINY, "activations.init=running_average", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6"]
+    curves = []
+    for measured in ("true", "false"):
+        done = cli(*common, f"name=measured_{measured}", f"trainer.measure_memory={measured}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        curves.append((cli.folder / f"runs/measured_{measured}" / "seed0/metrics.jsonl").read_text())
+    assert curves[0] == curves[1]
 
 
 def test_architecture_that_does_not_fit(cli):

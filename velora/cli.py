@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from velora.config import Config, unknown_key, unknown_value, validate
-from velora.errors import ConfigError, RunError
+from velora.errors import ConfigError, Interrupted, RunError
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
 _NOT_IDENTITY = {
@@ -27,6 +27,14 @@ _NOT_IDENTITY = {
 
 class _Reported(Exception):
     """Its sentence was printed already; carries the exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM, reported already: not an Exception, for Hydra goes on with a multirun after those."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -60,7 +68,7 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
     """Compose the configuration from sys.argv and run `job` on it (once, or once for each point of a multirun).
 
     Returns the exit status: 0 done, 2 the configuration or the data is wrong, 1 anything else. In a multirun the other points
-    still run, and the status of the first one that failed is returned.
+    still run, and the status of the first one that failed is returned; Ctrl-C and SIGTERM end a multirun too.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -83,7 +91,7 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_one)()
-    except _Reported as reported:
+    except (_Reported, _Stopped) as reported:
         return reported.status
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _report(program, _sentence(error), 2)
@@ -101,8 +109,8 @@ def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrid
         raw = {str(k): v for k, v in container.items()}
         raw["name"] = raw.get("name") or default_name(raw, overrides)
         job(validate(raw))
-    except KeyboardInterrupt:
-        return _report(program, "stopped by Ctrl-C before the run had started", 1)
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise _Stopped(_report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
     except ConfigError as error:
         return _report(program, str(error), 2)
     except OmegaConfBaseException as error:

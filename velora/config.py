@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,13 +19,15 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 from velora.errors import ConfigError
-from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, part_class
+from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, part_class, shipped_kinds
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -37,7 +39,19 @@ GROUPS: dict[str, type[Part]] = {
     "model": Model,
     "task": Task,
 }
-Interval = PositiveInt | PositiveFloat | Literal["epoch", "end"]
+
+
+def _interval(value: Any) -> int | float | str:
+    """A number of steps (int), a fraction of the run (float below 1), "epoch" or "end"."""
+    if value in ("epoch", "end"):
+        return value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or value <= 0 or (value > 1 and value != int(value)):
+        raise PydanticCustomError("interval", "Must be a number of steps, a fraction of the run below 1, epoch or end")
+    return int(value) if value >= 1 else float(value)
+
+
+Interval = Annotated[int | float | Literal["epoch", "end"], PlainValidator(_interval)]
 
 
 class Section(BaseModel):
@@ -165,10 +179,10 @@ def validate(raw: dict[str, Any]) -> Config:
     found: dict[str, Any] = {}
     for key, section in _SECTIONS.items():
         absent = key == "experiment" and raw.get(key) is None
-        found[key] = None if absent else read(partial(_parse, section, raw.get(key), key))
+        found[key] = None if absent else read(partial(parse, section, raw.get(key), key))
     for group, base in GROUPS.items():
         found[group] = read(partial(_parse_part, group, raw.get(group), base))
-    run = read(partial(_parse, _Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
+    run = read(partial(parse, _Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
     if problems:
         raise ConfigError(_listing(problems))
     assert run is not None
@@ -192,11 +206,28 @@ def _cross_checks(config: Config) -> Iterator[str]:
 def _parse_part(group: str, value: Any, base: type[Part]) -> Part:
     if not isinstance(value, dict) or "kind" not in value:
         raise ConfigError(f"{group} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)")
-    return _parse(part_class(group, value["kind"], base), value, group)
+    return parse(
+        part_class(group, value["kind"], base), value, group, partial(_key_of_another_kind, group, value["kind"])
+    )
 
 
-def _parse(cls: type[T], value: Any, prefix: str) -> T:
-    """Read one section; each pydantic error becomes a sentence that names the full key and the value."""
+def _key_of_another_kind(group: str, kind: str, key: str) -> str | None:
+    """A sentence for a key that another value of the group has: most often set by a method that was moved along this axis."""
+    field = key.partition(".")[2]
+    others = [k for k in shipped_kinds(group) if field in part_class(group, k, GROUPS[group]).model_fields]
+    if not others:
+        return None
+    return (
+        f"{key} is a key of {group}={' and '.join(others)}, not of {group}={kind}: the method, the experiment or the "
+        "command line sets it"
+    )
+
+
+def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | None] = lambda key: None) -> T:
+    """Read one section; each pydantic error becomes a sentence that names the full key and the value.
+
+    `explain` may have a better sentence on an unknown key than that it is unknown.
+    """
     try:
         return cls.model_validate(value)
     except ValidationError as error:
@@ -204,7 +235,8 @@ def _parse(cls: type[T], value: Any, prefix: str) -> T:
         for item in error.errors(include_url=False):
             key = ".".join(str(p) for p in (prefix, *item["loc"]) if p != "")
             if item["type"] == "extra_forbidden":
-                sentences.append(unknown_key(key, sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)))
+                known = sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)
+                sentences.append(explain(key) or unknown_key(key, known))
             elif item["type"] == "missing":
                 sentences.append(f"{key} is missing")
             elif item["type"] == "value_error":

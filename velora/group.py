@@ -141,6 +141,9 @@ class Activations(Part):
         """Sentences for the user before the first step; `forward` returns the loss of the first batch."""
         return []
 
+    def forget(self, model: nn.Module) -> None:
+        """Called after forwards that are no part of the training: drop what they have left behind."""
+
     def after_step(self, model: nn.Module) -> None:
         """Called after each optimiser step."""
 
@@ -193,12 +196,10 @@ class Task(Part):
 
 def part_class(group: str, kind: str, base: type[Part]) -> type[Part]:
     """The class behind `kind` of `group`; ConfigError names the known kinds if there is none."""
-    path = kind if "." in kind else f"velora.{group}.{kind}"
-    if importlib.util.find_spec(path.rpartition(".")[0]) is None or importlib.util.find_spec(path) is None:
-        package = Path(__file__).parent / group
-        known = sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.name.startswith("_"))
+    path = str(kind) if "." in str(kind) else f"velora.{group}.{kind}"
+    if path.startswith(".") or not _exists(path):
         raise ConfigError(
-            f"{group}.kind={kind} is not known; it is one of {', '.join(known)}, or a module's import path"
+            f"{group}.kind={kind} is not known; it is one of {', '.join(shipped_kinds(group))}, or a module's import path"
         )
     module = importlib.import_module(path)
     classes = [
@@ -209,3 +210,19 @@ def part_class(group: str, kind: str, base: type[Part]) -> type[Part]:
             f"{group}.kind={kind}: {path} must define exactly one {base.__name__}, it defines {len(classes)}"
         )
     return classes[0]
+
+
+def shipped_kinds(group: str) -> list[str]:
+    """The kinds of a group that come with this package."""
+    package = Path(__file__).parent / group
+    return sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.name.startswith("_"))
+
+
+def _exists(path: str) -> bool:
+    """Whether a module has this import path; the packages on the way to it are imported, it is not."""
+    try:
+        return importlib.util.find_spec(path) is not None
+    except (ModuleNotFoundError, ValueError) as error:  # a package on the way is missing, or the path is malformed
+        if isinstance(error, ModuleNotFoundError) and not f"{path}.".startswith(f"{error.name}."):
+            raise  # the package is there, and misses another one
+        return False

@@ -69,6 +69,10 @@ class Run:
         found = [p for p in (self.folder / phase).glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
         return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
+    def has_checkpoint(self) -> bool:
+        """Whether any phase has a complete checkpoint to continue from."""
+        return any(self.folder.glob("**/checkpoint-*/trainer_state.json"))
+
     def start(self) -> None:
         """Clear what `overwrite` or `resume=never` gives up, and write the configuration."""
         if not self.writes:
@@ -125,11 +129,15 @@ class Run:
 
     def _refuse_other_run(self) -> None:
         file = self.folder / "config.yaml"
+        if (
+            self.config.resume == "required"
+            and not self.is_finished()
+            and (self.config.overwrite or not self.has_checkpoint())
+        ):
+            raise ConfigError(f"resume=required: {self.folder} holds no checkpoint to continue from; use resume=auto")
         if not file.is_file() or self.config.overwrite:
-            if self.config.resume == "required":
-                raise ConfigError(f"resume=required: {self.folder} holds no run to continue; use resume=auto")
             return
-        if not self.metrics_file.is_file() and self.last_checkpoint() is None:
+        if not self.metrics_file.is_file() and not self.has_checkpoint():
             return  # it never got to its first step: there is nothing to lose
         earlier = yaml.safe_load(file.read_text()) or {}
         changed = sorted(_changed_keys(_identity(earlier), _identity(self.config.raw)))

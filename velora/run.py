@@ -51,7 +51,10 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     except (KeyboardInterrupt, Interrupted) as error:
         sentence = str(error) or "stopped"
         _fail(run, measured, "failed", sentence)
-        raise Interrupted(f"{sentence}; the same command continues it") from None
+        continues = run.has_checkpoint() and config.resume != "never" and not config.overwrite
+        raise Interrupted(
+            f"{sentence}; the same command {'continues it' if continues else 'starts it again'}"
+        ) from None
     except Exception as error:
         _fail(run, measured, "failed", f"{type(error).__name__}: {error}")
         (run.folder / "traceback.txt").write_text(traceback.format_exc())

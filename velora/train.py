@@ -80,8 +80,6 @@ class Loop:
         """Run the phase, from its last checkpoint if there is one, and evaluate at its end."""
         trainer = self.trainer
         checkpoint = self.run.last_checkpoint(self.phase_folder) if self.config.resume != "never" else None
-        if checkpoint is None and self.config.resume == "required":
-            raise ConfigError(f"resume=required: {self.run.folder} holds no checkpoint; use resume=auto")
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         self.run.rewind_metrics(self.phase.name, step)
         if checkpoint is not None and self.run.writes:
@@ -99,7 +97,7 @@ class Loop:
         self._collect_scores()
 
     def save(self, folder: Path) -> None:
-        """Weights (safetensors), network configuration and tokenizer of the trained network."""
+        """What was trained (safetensors), as the adapter keeps it: the adapter alone, or the network with its configuration."""
         self.config.adapter.save(self.trainer.accelerator.unwrap_model(self.trainer.model), folder)
 
     def check_finite(self, line: dict[str, float]) -> None:
@@ -211,6 +209,7 @@ class MeasuringTrainer(Trainer):
                 self.owner.memory["weights_bytes"] = weights_bytes(network)
                 for name, buffer in network.named_buffers():
                     buffer.copy_(buffers[name])
+                self.owner.config.activations.forget(network)
         self.first_batch_pending = self.measuring_pending = False
 
 

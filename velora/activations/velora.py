@@ -61,6 +61,12 @@ class Velora(Activations):
 
         return warn_before_training(model, forward)
 
+    def forget(self, model: nn.Module) -> None:
+        from velora.apply import velora_layers
+
+        for layer in velora_layers(model).values():
+            layer.take_batch_statistics()
+
     def after_step(self, model: nn.Module) -> None:
         if self.init == "running_average":
             from velora.apply import update_directions

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import PositiveFloat
+from pydantic import Field, PositiveFloat
 
 from velora.group import Optimizer
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from velora.config import Config
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class AdamW(Optimizer):
     kind: Literal["adamw"]
-    betas: tuple[float, float]
+    betas: tuple[Beta, Beta]
     eps: PositiveFloat
     fused: bool
 

@@ -5,6 +5,7 @@ For runs over several families with one command, which could not name one task f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Head, Modality, Task, TaskData, part_class
@@ -25,12 +26,18 @@ class Embedded(Task):
 
     def task_for(self, config: Config) -> Task:
         """The task behind it."""
+        from velora.config import parse
+
         kind = _KINDS[config.model.modalities()[0]]
-        found = part_class("task", kind, Task).model_validate(
-            {"kind": kind, "name": self.name, **self.options.get(kind, {})}
-        )
+        values = {"kind": kind, "name": self.name, **self.options.get(kind, {})}
+        found = parse(part_class("task", kind, Task), values, f"task.options.{kind}")
         assert isinstance(found, Task)
         return found
+
+    def problems(self, config: Config) -> Iterator[str]:
+        for key in self.options.keys() - set(_KINDS.values()):
+            yield f"task.options.{key} is not a key; known keys here: {', '.join(sorted(_KINDS.values()))}"
+        yield from self.task_for(config).problems(config)
 
     def head(self, config: Config) -> Head:
         return self.task_for(config).head(config)
