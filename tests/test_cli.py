@@ -35,6 +35,9 @@ REFUSED = {
     "embedded task's key": (
         ["task=embedded", "+task.options.manual.max_lenght=9"], "options.manual.max_lenght", "options.manual.max_length"
     ),
+    "key of a value not chosen": (
+        ["method=full", "activations.layers=[value]"], "activations.layers is a key of another value", "activations=..."
+    ),
     "no such package": (["adapter.kind=nowhere.to.be.found"], "adapter.kind=nowhere.to.be.found", "import path"),
     "nothing to continue": (["resume=required"], "resume=required", "resume=auto"),
     "syntax": (["trainer.max_steps=]["], "trainer.max_steps=][", ""),

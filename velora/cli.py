@@ -191,7 +191,13 @@ def _sentence(error: Exception) -> str:
     if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return f"{mandatory.group(1)} has no value; give {mandatory.group(1)}=..."
     if unknown := re.search(r"Could not override '([\w./@-]+)'", text) or re.search(r"full_key: ([\w.]+)", str(error)):
-        return unknown_key(unknown.group(1), sorted(_shipped_keys()))
+        key, keys = unknown.group(1), sorted(_shipped_keys())
+        group = key.partition(".")[0]
+        if key in keys:
+            return (
+                f"{key} is a key of another value of {group}, not of the one in this run; choose that with {group}=..."
+            )
+        return unknown_key(key, keys)
     return text or type(error).__name__
 
 
