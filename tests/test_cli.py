@@ -40,6 +40,7 @@ REFUSED = {
     ),
     "no such package": (["adapter.kind=nowhere.to.be.found"], "adapter.kind=nowhere.to.be.found", "import path"),
     "nothing to continue": (["resume=required"], "resume=required", "resume=auto"),
+    "name outside": (["name=a/../../b"], "name=a/../../b leaves runs_dir", "without .."),
     "syntax": (["trainer.max_steps=]["], "trainer.max_steps=][", ""),
 }  # fmt: skip
 

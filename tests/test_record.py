@@ -17,7 +17,7 @@ def config(folder: Path, **changes):
     raw = {
         "name": "a",
         "seed": 0,
-        "trainer": {"max_steps": 3, "num_workers": 0},
+        "trainer": {"max_steps": 3, "device": "auto"},
         "model": {"name": "m"},
         **changes.pop("raw", {}),
     }
@@ -42,7 +42,7 @@ def released(run: Run) -> None:
 def test_same_configuration_may_continue(tmp_path):
     released(started(tmp_path))
     run = Run(
-        config(tmp_path, raw={"trainer": {"max_steps": 3, "num_workers": 7}})
+        config(tmp_path, raw={"trainer": {"max_steps": 3, "device": "cpu"}})
     )  # where it is computed does not count
     assert not run.is_finished()
 
@@ -50,7 +50,7 @@ def test_same_configuration_may_continue(tmp_path):
 def test_another_configuration_is_refused_and_the_old_one_stays(tmp_path):
     released(started(tmp_path))
     with pytest.raises(ConfigError, match=r"different: trainer.max_steps\).*overwrite=true"):
-        Run(config(tmp_path, raw={"trainer": {"max_steps": 4, "num_workers": 0}}))
+        Run(config(tmp_path, raw={"trainer": {"max_steps": 4, "device": "auto"}}))
     assert "max_steps: 3" in (tmp_path / "a/seed0/config.yaml").read_text()
 
 

@@ -20,7 +20,7 @@ from velora.errors import ConfigError, Interrupted, RunError
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
 _NOT_IDENTITY = {
-    "seed", "name", "runs_dir", "resume", "overwrite", "data.root", "trainer.device", "trainer.num_workers",
+    "seed", "name", "runs_dir", "resume", "overwrite", "data.root", "trainer.device",
     "trainer.save_every", "trainer.save_model", "trainer.log_every",
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -147,7 +148,15 @@ class Config:
 
 
 class _Run(Section):
-    name: str = Field(min_length=1, pattern=r"^[^\s/\\][^\n\\]*$")
+    name: str = Field(pattern=r"^[\w+=,@-][^\s\\]*$")
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below_runs_dir(cls, name: str) -> str:
+        if ".." in name.split("/"):
+            raise ValueError(f"name={name} leaves runs_dir; give a name without ..")
+        return name
+
     seed: NonNegativeInt
     runs_dir: Path
     resume: Literal["auto", "never", "required"]

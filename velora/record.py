@@ -30,7 +30,7 @@ from velora.errors import ConfigError, RunError
 
 # Keys that do not change what a run computes: two configurations that differ only here are the same run.
 _NOT_IDENTITY = ("resume", "overwrite", "runs_dir", "wandb", "name")
-_NOT_IDENTITY_TRAINER = ("device", "num_workers", "save_every", "save_model", "log_every", "measure_memory")
+_NOT_IDENTITY_TRAINER = ("device", "save_every", "save_model", "log_every", "measure_memory")
 _PACKAGES = ("velora", "torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "timm", "hydra-core")
 
 MEMORY_KEYS = (

@@ -105,6 +105,8 @@ def _train_phase(
         measured.metrics.update(scores)
         if config.trainer.save_model and run.writes:
             loop.save(run.folder / "model")
+            if hasattr(preprocessor, "save_pretrained"):
+                preprocessor.save_pretrained(run.folder / "model")
     else:
         measured.metrics[phase.name] = scores
     return loop.best_scores.get("epoch")

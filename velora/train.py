@@ -101,8 +101,9 @@ class Loop:
         self.config.adapter.save(self.trainer.accelerator.unwrap_model(self.trainer.model), folder)
 
     def check_finite(self, line: dict[str, float]) -> None:
+        """Losses and gradient norms must be finite; a score need not be (the correlation of constant predictions is not)."""
         for key, value in line.items():
-            if isinstance(value, float) and not math.isfinite(value):
+            if key.endswith(("loss", "grad_norm")) and not math.isfinite(value):
                 raise Diverged(
                     f"{key} is {value} at step {self.trainer.state.global_step}; a lower trainer.learning_rate, "
                     "trainer.warmup_steps or trainer.max_grad_norm may help"
