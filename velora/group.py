@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from velora.config import Config
+    from velora.memory.ledger import Ledger
 
 Modality = Literal["causal_lm", "sequence_classification", "image_classification"]
 
@@ -137,8 +138,8 @@ class Activations(Part):
     def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Called once, with the first training batch, before the first step of a fresh (not resumed) run."""
 
-    def warnings(self, model: nn.Module, forward: Callable[[], torch.Tensor]) -> list[str]:
-        """Sentences for the user before the first step; `forward` returns the loss of the first batch."""
+    def warnings(self, model: nn.Module, ledger: Ledger, config: Config) -> list[str]:
+        """Sentences for the user before the first step; `ledger` is that of the first batch."""
         return []
 
     def forget(self, model: nn.Module) -> None:

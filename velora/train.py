@@ -32,7 +32,7 @@ from velora.chrono import Chrono
 from velora.config import Config, TrainerConfig
 from velora.errors import ConfigError, Diverged, Interrupted
 from velora.group import Phase, TaskData
-from velora.memory.ledger import measure_saved_bytes
+from velora.memory.ledger import take_ledger
 from velora.memory.storages import plain_tensors, unique_bytes
 from velora.record import Run
 from velora.signals import StopRequest
@@ -192,25 +192,25 @@ class MeasuringTrainer(Trainer):
     def _prepare_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Calibrate on the first batch and count what autograd keeps of it; leaves no trace in random numbers or buffers."""
         model.train()
+        config = self.owner.config
         network = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with self._aside(), torch.random.fork_rng(devices=devices):
             if self.first_batch_pending:
                 with self.compute_loss_context_manager():
-                    self.owner.config.activations.calibrate(network, inputs)
+                    config.activations.calibrate(network, inputs)
             if self.measuring_pending:
                 buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
                 with self.compute_loss_context_manager():
-                    forward = partial(self.compute_loss, network, inputs)
-                    saved = measure_saved_bytes(forward)
-                    warnings = self.owner.config.activations.warnings(network, forward)
+                    ledger = take_ledger(network, partial(self.compute_loss, network, inputs), config.model.roles)
+                warnings = config.activations.warnings(network, ledger, config)
                 if self.owner.run.writes:
                     tqdm.write("".join(f"note: {sentence}\n" for sentence in warnings), end="")
-                self.owner.memory["saved_for_backward_bytes"] = saved
+                self.owner.memory["saved_for_backward_bytes"] = ledger.total_bytes
                 self.owner.memory["weights_bytes"] = weights_bytes(network)
                 for name, buffer in network.named_buffers():
                     buffer.copy_(buffers[name])
-                self.owner.config.activations.forget(network)
+                config.activations.forget(network)
         self.first_batch_pending = self.measuring_pending = False
 
 

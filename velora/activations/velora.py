@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -10,10 +10,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from velora.group import Activations
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from velora.config import Config
+    from velora.memory.ledger import Ledger
 
 
 class Velora(Activations):
@@ -56,10 +56,10 @@ class Velora(Activations):
 
         calibrate(model, batch)
 
-    def warnings(self, model: nn.Module, forward: Callable[[], torch.Tensor]) -> list[str]:
-        from velora.memory.freed import warn_before_training
+    def warnings(self, model: nn.Module, ledger: Ledger, config: Config) -> list[str]:
+        from velora.memory.freed import layers_that_free_nothing
 
-        return warn_before_training(model, forward)
+        return layers_that_free_nothing(model, ledger, config.model.roles)
 
     def forget(self, model: nn.Module) -> None:
         from velora.apply import velora_layers

@@ -7,12 +7,12 @@ projection stays because attention keeps its own output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from velora.memory.ledger import ACTIVATION, Entry, Ledger, roles_of_modules, take_ledger
+from velora.memory.ledger import ACTIVATION, Entry, Ledger, roles_of_modules
 from velora.nn.twin import VeloraTwin
 from velora.roles import Roles, resolve_roles
 from velora.swap import TWINS, expand_container, find_modules, module_names
@@ -123,8 +123,3 @@ def _sentence(role: str, num_kept: int, num_layers: int, join: tuple[str, ...], 
     if never:
         return f"{start}; no choice of layers frees it"
     return f"{start}; add {', '.join(join)} to the layers to free it"
-
-
-def warn_before_training(model: nn.Module, forward: Callable[[], Tensor], roles: Roles | None = None) -> list[str]:
-    """`layers_that_free_nothing` with a ledger taken here; for a run that is about to start."""
-    return layers_that_free_nothing(model, take_ledger(model, forward, roles), roles)
