@@ -9,7 +9,7 @@ Shapes: B images, n images of a split, 3 colours, S x S pixels, C classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from velora.errors import ConfigError
+from velora.group import TaskData
 from velora.model._images import ImageTransform
+from velora.task._protocol import Protocol, phases
 
 Listed = list[tuple[Path, int]]
 
@@ -109,6 +111,21 @@ def top1(predictions: Any, labels: Any) -> dict[str, float]:
     from velora.metrics import scores
 
     return scores(["accuracy"], predictions, labels)
+
+
+def image_task_data(
+    protocol: Protocol, splits: Mapping[str, Any], transform: ImageTransform, about: dict[str, Any]
+) -> TaskData:
+    """A task of images with the four splits of VTAB-1k, scored by top-1 accuracy."""
+    return TaskData(
+        phases=phases(protocol, splits),
+        collate=image_collate(transform),
+        metrics=top1,
+        best_metric="accuracy",
+        greater_is_better=True,
+        unit="images",
+        about=about,
+    )
 
 
 def image_batch_shapes(batch_size: int, image_size: int) -> dict[str, tuple[tuple[int, ...], str]]:

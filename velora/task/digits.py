@@ -11,7 +11,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Head, Task, TaskData
-from velora.task._protocol import PROTOCOLS, Protocol, phases, splits_of
+from velora.task._protocol import PROTOCOLS, Protocol, splits_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ class Digits(Task):
         from PIL import Image
         from sklearn.datasets import load_digits
 
-        from velora.task._images import DecodedImages, image_collate, top1
+        from velora.task._images import DecodedImages, image_task_data
 
         data = load_digits()
         pixels = (data.images * (255 / 16)).round().astype("uint8")  # (n, 8, 8) from 0..16
@@ -69,12 +69,4 @@ class Digits(Task):
             "num_images": {name: len(split) for name, split in splits.items()},
             "preprocessing": preprocessor.describe(),
         }
-        return TaskData(
-            phases=phases(self.protocol, splits),
-            collate=image_collate(preprocessor),
-            metrics=top1,
-            best_metric="accuracy",
-            greater_is_better=True,
-            unit="images",
-            about=about,
-        )
+        return image_task_data(self.protocol, splits, preprocessor, about)

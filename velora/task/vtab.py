@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from velora.errors import ConfigError
 from velora.group import Head, Task, TaskData
-from velora.task._protocol import PROTOCOLS, Protocol, phases, splits_of
+from velora.task._protocol import PROTOCOLS, Protocol, splits_of
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -54,7 +54,7 @@ class VTAB(Task):
         return image_batch_shapes(batch_size, config.model.image_size)  # type: ignore[attr-defined]
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
-        from velora.task._images import describe_list, image_collate, image_split, read_list, top1
+        from velora.task._images import describe_list, image_split, image_task_data, read_list
 
         folder = self._folder(config.data.root) if config.data.root is not None else self._download()
         num_classes = self._num_classes(folder)
@@ -74,15 +74,7 @@ class VTAB(Task):
             "split_files": files,
             "preprocessing": preprocessor.describe(),
         }
-        return TaskData(
-            phases=phases(self.protocol, splits),
-            collate=image_collate(preprocessor),
-            metrics=top1,
-            best_metric="accuracy",
-            greater_is_better=True,
-            unit="images",
-            about=about,
-        )
+        return image_task_data(self.protocol, splits, preprocessor, about)
 
     def _folder(self, root: Path) -> Path:
         return root / "vtab" / self.folder
