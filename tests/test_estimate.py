@@ -40,7 +40,7 @@ METHODS = [
 NO_CLIPPING = "trainer.max_grad_norm=null"
 ALONG_THE_AXES = [
     ["method=velora_all"],
-    ["method=full", "trainer.gradient_accumulation_steps=3"],
+    ["method=full", "trainer.batch_size=6", "trainer.micro_batch_size=2"],
     ["method=velora", "trainer.precision=bf16"],
     ["method=full", "trainer.precision=fp16"],
     ["method=full", "weights.dtype=bf16"],
@@ -48,7 +48,7 @@ ALONG_THE_AXES = [
     ["method=full", "optimizer=adafactor"],
     ["method=full", "optimizer=adamw_8bit"],
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING],
-    ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.gradient_accumulation_steps=2"],
+    ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=galore", "optimizer.bits=8"],
     ["method=checkpoint", "activations.use_reentrant=true"],
     ["method=lora", "activations=checkpoint"],

@@ -30,7 +30,8 @@ def part(name, **changes):
 
 def run(adapter="full", **trainer):
     defaults = {
-        "learning_rate": 1e-2, "weight_decay": 0.1, "gradient_accumulation_steps": 1, "max_grad_norm": None,
+        "learning_rate": 1e-2, "weight_decay": 0.1, "accumulation_steps": 1,
+        "micro_batch_size": None, "batch_size": 16, "max_grad_norm": None,
         "precision": "fp32",
     }  # fmt: skip
     return SimpleNamespace(
@@ -87,7 +88,7 @@ def test_settings_arrive():
         "decay_rate": -0.8,
     }
     assert expected.items() <= adafactor.param_groups[0].items()
-    layerwise = part("galore", layerwise=True).build(tiny_llama(), run(gradient_accumulation_steps=4))
+    layerwise = part("galore", layerwise=True).build(tiny_llama(), run(accumulation_steps=4))
     assert layerwise.layerwise
     assert layerwise.accumulation_steps == 4
     assert isinstance(part("lomo").build(tiny_llama(), run()), Lomo)
@@ -149,7 +150,7 @@ def test_an_unknown_architecture_and_a_missing_role():
         ("galore", {"layerwise": True}, {"precision": "fp16"}, "use trainer.precision=bf16 or fp32"),
         ("flora", {"beta1": None}, {}, "use optimizer=adafactor"),
         ("lomo", {}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
-        ("lomo", {}, {"gradient_accumulation_steps": 2}, "set trainer.gradient_accumulation_steps=1"),
+        ("lomo", {}, {"accumulation_steps": 2}, "set trainer.micro_batch_size=null"),
     ],
 )
 def test_what_cannot_be_combined_is_said_in_a_sentence(name, changes, trainer, sentence):
@@ -161,9 +162,9 @@ def test_what_cannot_be_combined_is_said_in_a_sentence(name, changes, trainer, s
 @pytest.mark.parametrize(
     ("name", "changes", "trainer"),
     [
-        ("galore", {"layerwise": True}, {"gradient_accumulation_steps": 4}),
+        ("galore", {"layerwise": True}, {"accumulation_steps": 4}),
         ("galore", {}, {"max_grad_norm": 1.0, "precision": "fp16"}),
-        ("flora", {"beta1": None, "layerwise": True}, {"gradient_accumulation_steps": 4}),
+        ("flora", {"beta1": None, "layerwise": True}, {"accumulation_steps": 4}),
     ],
 )
 def test_what_can_be_combined_is_not_refused(name, changes, trainer):

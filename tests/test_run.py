@@ -188,7 +188,7 @@ def test_required_resume_of_a_run_whose_second_phase_has_no_checkpoint_yet(cli):
 
 def test_measuring_leaves_no_trace(cli):
     """The forwards that only measure are no part of the running average, which accumulation would weight by them."""
-    common = [*TINY, "activations.init=running_average", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6"]
+    common = [*TINY, "activations.init=running_average", "trainer.micro_batch_size=2", "trainer.max_steps=6"]
     curves = []
     for measured in ("true", "false"):
         done = cli(*common, f"name=measured_{measured}", f"trainer.measure_memory={measured}")
@@ -218,7 +218,12 @@ def test_two_processes_are_one_on_the_joint_batch(cli):
     common = [*TINY, "method=velora", "activations.init=running_average"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*torchrun, *common, "name=two"], cwd=cli.folder, env=environment, capture_output=True, text=True, timeout=300
+        [*torchrun, *common, "name=two", "trainer.batch_size=8"],
+        cwd=cli.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one = cli(*common, "name=one", "trainer.batch_size=8")

@@ -26,7 +26,7 @@ def composed(*overrides: str) -> Config:
 def stand_in(root: Path | None = None, seed: int = 0, modality: str = "causal_lm", **trainer: Any) -> Any:
     """As much of a configuration as a task reads."""
     settings = {
-        "batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 10, "eval_every": "end", "save_every": "end",
+        "batch_size": 4, "examples_per_forward": 4, "max_steps": 10, "eval_every": "end", "save_every": "end",
     }  # fmt: skip
     return SimpleNamespace(
         seed=seed,

@@ -7,6 +7,7 @@ the class of its group (`velora/group.py`), all problems are collected, and one 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -94,13 +95,18 @@ class TrainerConfig(Section):
 
     With both given, `max_steps` wins (it is how a published recipe is cut short); intervals are a number of steps (int),
     a fraction of the run (float below 1), "epoch" or "end".
+
+    `batch_size` is what papers mean by it: the examples of one optimiser step, over all processes and micro-batches.
+    `micro_batch_size` are those of one forward in one process, as many as its memory allows; null: batch_size over the
+    number of processes. How many micro-batches are accumulated follows, so the number of processes changes no result.
     """
 
     num_epochs: PositiveFloat | None
     max_steps: PositiveInt | None
     batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None
     eval_batch_size: PositiveInt
-    gradient_accumulation_steps: PositiveInt
+    drop_last: bool
     learning_rate: PositiveFloat
     weight_decay: NonNegativeFloat
     warmup_steps: NonNegativeInt
@@ -117,6 +123,31 @@ class TrainerConfig(Section):
     save_model: bool
     device: Literal["auto", "cpu", "cuda"]
     measure_memory: bool
+
+    @property
+    def examples_per_forward(self) -> int:
+        return self.micro_batch_size or max(1, self.batch_size // num_processes())
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches of one optimiser step in each process."""
+        return max(1, self.batch_size // (self.examples_per_forward * num_processes()))
+
+    def batch_problems(self) -> Iterator[str]:
+        processes = num_processes()
+        given = f"trainer.batch_size={self.batch_size}"
+        if self.batch_size % processes:
+            yield f"{given} over {processes} processes is not a whole number; give a multiple of {processes}"
+        elif self.batch_size % (self.examples_per_forward * processes):
+            yield (
+                f"{given} is no multiple of trainer.micro_batch_size={self.micro_batch_size} times {processes} "
+                f"process{'es' if processes > 1 else ''}; batch_size counts the examples of a whole optimiser step"
+            )
+
+
+def num_processes() -> int:
+    """Processes of this run: torchrun says it; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -205,6 +236,7 @@ def validate(raw: dict[str, Any]) -> Config:
 def _cross_checks(config: Config) -> Iterator[str]:
     if config.trainer.num_epochs is None and config.trainer.max_steps is None:
         yield "trainer.num_epochs=null and trainer.max_steps=null: give one of them, it is where the run ends"
+    yield from config.trainer.batch_problems()
     root = config.data.root
     if root is not None and not root.is_dir():
         yield f"data.root={root} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
@@ -255,7 +287,16 @@ def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | 
         raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
 
 
+# Keys that were renamed, with what to give now.
+_RENAMED = {
+    "trainer.gradient_accumulation_steps": "give trainer.micro_batch_size, the examples of one forward; trainer.batch_size "
+    "are those of a whole optimiser step"
+}
+
+
 def unknown_key(key: str, known: list[str]) -> str:
+    if key in _RENAMED:
+        return f"{key} is no key any more: {_RENAMED[key]}"
     close = difflib.get_close_matches(key, known, n=1)
     if close:
         return f"{key} is not a key; did you mean {close[0]}?"

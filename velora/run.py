@@ -47,7 +47,7 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     except torch.OutOfMemoryError as error:
         sentence = str(error).splitlines()[0]
         _fail(run, measured, "out_of_memory", sentence)
-        raise RunError(f"out of memory: {sentence}; lower trainer.batch_size or see velora-memory") from None
+        raise RunError(f"out of memory: {sentence}; lower trainer.micro_batch_size or see velora-memory") from None
     except (KeyboardInterrupt, Interrupted) as error:
         sentence = str(error) or "stopped"
         _fail(run, measured, "failed", sentence)

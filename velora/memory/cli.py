@@ -102,7 +102,7 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     config, figures = explanation.config, explanation.figures
-    batch = f"{config.trainer.gradient_accumulation_steps} x {config.trainer.batch_size}"
+    batch = f"{config.trainer.accumulation_steps} x {config.trainer.examples_per_forward}"
     console.print(
         f"\n{config.name}: two training steps, batch {batch}, on {figures.device}", style="bold", highlight=False
     )

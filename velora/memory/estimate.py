@@ -66,8 +66,8 @@ def pretend(
         with fake:
             return torch.ones(*args, **kwargs)
 
-    num_micro_batches = config.trainer.gradient_accumulation_steps
-    size = batch_size or config.trainer.batch_size
+    num_micro_batches = config.trainer.accumulation_steps
+    size = batch_size or config.trainer.examples_per_forward
     batches = [synthetic_batch(config, size, padded, make) for _ in range(num_micro_batches)]
     losses = [training_loss(network, batch, config) for batch in batches]
     return Pretended(network, batches, losses, device or target_device(config))
@@ -78,7 +78,8 @@ def estimate(
 ) -> MemoryFigures:
     """Peak and terms of two training steps of a configuration, on a machine that need not be able to run them.
 
-    `device`: as `target_device` if None. `batch_size`: in place of trainer.batch_size. `padded`: see `synthetic_batch`.
+    `device`: as `target_device` if None. `batch_size`: of one forward, in place of the configuration's. `padded`: see
+    `synthetic_batch`.
     Raises ConfigError where the configuration is refused, as a run would.
     """
     pretended = pretend(config, device=device, batch_size=batch_size, padded=padded)

@@ -56,7 +56,7 @@ class Explanation:
             "method": config.method.name,
             "model": config.model.name,
             "task": config.task.name,
-            "batch_size": config.trainer.batch_size,
+            "batch_size": config.trainer.examples_per_forward,
             "estimate": self.figures.to_json(),
             "measured": self.measured.to_json() if self.measured else None,
             "paper_accounting_bytes": dict(self.accounting),

@@ -150,8 +150,8 @@ def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> Memo
         config.task.head(config), preprocessor_for_shapes(config),
     )  # fmt: skip
     network.to(device).train()
-    shape = (config, config.trainer.batch_size, padded)
-    first, *others = [synthetic_batch(*shape) for _ in range(config.trainer.gradient_accumulation_steps)]
+    shape = (config, config.trainer.examples_per_forward, padded)
+    first, *others = [synthetic_batch(*shape) for _ in range(config.trainer.accumulation_steps)]
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in (first, *others)]
     for module in network.modules():
         if isinstance(module, VeloraTwin):

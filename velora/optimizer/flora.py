@@ -28,10 +28,10 @@ class FLoRA(LowRankOptimizer):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
-        accumulated = self.layerwise and config.trainer.gradient_accumulation_steps > 1
+        accumulated = self.layerwise and config.trainer.accumulation_steps > 1
         if self.beta1 is None and not accumulated:
             yield (
-                "optimizer.beta1=null without optimizer.layerwise=true and trainer.gradient_accumulation_steps > 1: FLoRA "
+                "optimizer.beta1=null without optimizer.layerwise=true and a smaller trainer.micro_batch_size: FLoRA "
                 "has neither a momentum nor a sum of gradients to compress; use optimizer=adafactor, or set optimizer.beta1=0.9"
             )
 
@@ -49,6 +49,6 @@ class FLoRA(LowRankOptimizer):
             kappa=self.kappa,
             sketched=self.sketched,
             layerwise=self.layerwise,
-            accumulation_steps=config.trainer.gradient_accumulation_steps if self.layerwise else 1,
+            accumulation_steps=config.trainer.accumulation_steps if self.layerwise else 1,
             seed=config.seed,
         )

@@ -38,6 +38,6 @@ class GaLore(LowRankOptimizer):
             eps=self.eps,
             bits=self.bits,
             layerwise=self.layerwise,
-            accumulation_steps=config.trainer.gradient_accumulation_steps if self.layerwise else 1,
+            accumulation_steps=config.trainer.accumulation_steps if self.layerwise else 1,
             seed=config.seed,
         )

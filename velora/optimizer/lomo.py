@@ -23,10 +23,10 @@ class LOMO(Optimizer):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from layerwise_problems("optimizer=lomo", config)
-        if config.trainer.gradient_accumulation_steps > 1:
+        if config.trainer.accumulation_steps > 1:
             yield (
-                f"trainer.gradient_accumulation_steps={config.trainer.gradient_accumulation_steps} with optimizer=lomo: it keeps "
-                "no gradients, so there is nothing to accumulate in; set trainer.gradient_accumulation_steps=1"
+                f"trainer.micro_batch_size={config.trainer.micro_batch_size} of {config.trainer.batch_size} examples with "
+                "optimizer=lomo: it keeps no gradients, so there is nothing to accumulate in; set trainer.micro_batch_size=null"
             )
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -9,7 +9,6 @@ Where the training data end they begin again in another order; the record says h
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,7 +79,7 @@ class C4(Task):
         train = SequenceStream(
             lambda number: documents("train", number),
             encode,
-            group=config.trainer.batch_size,
+            group=config.trainer.examples_per_forward,
             splits_itself=root is None,
         )
         about = {
@@ -126,9 +125,8 @@ class C4(Task):
     def _training_extent(self, config: Config, available: int | None) -> dict[str, Any]:
         """What the run will read, per passes over the data where one sequence is one document and these were counted."""
         trainer = config.trainer
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
         assert trainer.max_steps is not None  # `problems` saw to it
-        sequences = trainer.max_steps * trainer.batch_size * trainer.gradient_accumulation_steps * processes
+        sequences = trainer.max_steps * trainer.batch_size
         counted = available if self.packing == "pad" else None
         return {"sequences": sequences, "passes_over_the_data": sequences / counted if counted else None}
 
