@@ -97,7 +97,7 @@ class TrainerConfig(Section):
     a fraction of the run (float below 1), "epoch" or "end".
 
     `batch_size` is what papers mean by it: the examples of one optimiser step, over all processes and micro-batches.
-    `micro_batch_size` are those of one forward in one process, as many as its memory allows; null: batch_size over the
+    `micro_batch_size` are at most those of one forward in one process, as many as its memory allows; null: batch_size over the
     number of processes. How many micro-batches are accumulated follows, so the number of processes changes no result.
     """
 
@@ -126,7 +126,8 @@ class TrainerConfig(Section):
 
     @property
     def examples_per_forward(self) -> int:
-        return self.micro_batch_size or max(1, self.batch_size // num_processes())
+        share = max(1, self.batch_size // num_processes())
+        return min(self.micro_batch_size or share, share)
 
     @property
     def accumulation_steps(self) -> int:

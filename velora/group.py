@@ -79,6 +79,9 @@ class TaskData:
     shrinks what an evaluation step keeps (per-sequence sums in place of N x vocabulary logits). `metrics(predictions,
     labels)` gets NumPy arrays of all examples and returns named scores, `loss` among them, each a mean over what was summed
     (examples, tokens). `best_metric` names the score that selects an epoch.
+
+    `num_targets(batch)` is what the network's loss of a batch is a mean over (velora/task/_counts.py has the usual ones): with it
+    micro-batches and processes add up to the mean over the whole step. `num_items(batch)` counts the `unit` of the speed.
     """
 
     phases: list[Phase]
@@ -87,6 +90,8 @@ class TaskData:
     best_metric: str
     greater_is_better: bool
     unit: Literal["tokens", "images"]
+    num_targets: Callable[[dict[str, Any]], torch.Tensor | int]
+    num_items: Callable[[dict[str, Any]], torch.Tensor | int]
     reduce_logits: Callable[[Any, Any], Any] | None = None
     about: dict[str, Any] = field(default_factory=dict)  # sources, split sizes, protocol: goes into the record
 

@@ -27,6 +27,7 @@ import yaml
 
 from velora.config import Config
 from velora.errors import ConfigError, RunError
+from velora.tracker import Tracker
 
 # Keys that do not change what a run computes: two configurations that differ only here are the same run.
 _NOT_IDENTITY = ("resume", "overwrite", "runs_dir", "wandb", "name")
@@ -52,6 +53,7 @@ class Run:
         self.folder = config.folder
         self.writes = os.environ.get("RANK", "0") == "0"
         self._lock: IO[str] | None = None
+        self.tracker = Tracker()
         self._refuse_other_run()
         if self.writes:
             self._take_folder()
@@ -83,6 +85,13 @@ class Run:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         (self.folder / "result.json").unlink(missing_ok=True)
         _write(self.folder / "config.yaml", yaml.safe_dump(self.config.raw, sort_keys=False))
+        self.tracker.start(self.config, self.folder)
+
+    def release(self) -> None:
+        """Let other processes write the folder; the end of the process does it too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def rewind_metrics(self, phase: str, step: int) -> None:
         """Drop the lines after `step` of `phase`, which a resumed run writes again."""
@@ -95,6 +104,7 @@ class Run:
         if self.writes:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(_finite(line)) + "\n")
+            self.tracker.log(line)
 
     def finish(self, status: str, error: str | None, parts: dict[str, Any]) -> dict[str, Any]:
         """Write result.json (the schema of the README) and return it; `parts` holds what was measured."""
@@ -121,6 +131,7 @@ class Run:
         }
         record = _finite(record)
         if self.writes:
+            self.tracker.finish(status)
             _write(self.folder / "result.json", json.dumps(record, indent=2) + "\n")
             if status == "ok":
                 for path in self.folder.glob("**/checkpoint-*"):

@@ -30,8 +30,14 @@ class Measured:
 
 def execute(config: Config, run: Run) -> dict[str, Any]:
     """Train, evaluate and record; returns the record. Every failure is recorded before it is raised again."""
-    _quiet(config, run)
-    import torch
+    try:
+        return _guarded(config, run)
+    finally:
+        run.release()
+
+
+def _guarded(config: Config, run: Run) -> dict[str, Any]:
+    _quiet()
 
     measured = Measured()
     run.start()
@@ -44,10 +50,6 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
     except Diverged as error:
         _fail(run, measured, "diverged", str(error))
         raise
-    except torch.OutOfMemoryError as error:
-        sentence = str(error).splitlines()[0]
-        _fail(run, measured, "out_of_memory", sentence)
-        raise RunError(f"out of memory: {sentence}; lower trainer.micro_batch_size or see velora-memory") from None
     except (KeyboardInterrupt, Interrupted) as error:
         sentence = str(error) or "stopped"
         _fail(run, measured, "failed", sentence)
@@ -55,7 +57,14 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
         raise Interrupted(
             f"{sentence}; the same command {'continues it' if continues else 'starts it again'}"
         ) from None
+    except RunError as error:
+        _fail(run, measured, "failed", str(error))
+        raise
     except Exception as error:
+        if _is_out_of_memory(error):
+            sentence = " ".join(str(error).split())[:300]
+            _fail(run, measured, "out_of_memory", sentence)
+            raise RunError(f"out of memory: {sentence}; lower trainer.micro_batch_size or see velora-memory") from None
         _fail(run, measured, "failed", f"{type(error).__name__}: {error}")
         (run.folder / "traceback.txt").write_text(traceback.format_exc())
         if os.environ.get("VELORA_TRACEBACK"):
@@ -76,9 +85,9 @@ def _execute(config: Config, run: Run, measured: Measured) -> None:
     best_epochs: dict[str, float] = {}
     for index, phase in enumerate(data.phases):
         final = index == len(data.phases) - 1
-        outcome = _train_phase(config, run, measured, data, phase, preprocessor, best_epochs, final)
-        if outcome is not None:
-            best_epochs[phase.name] = outcome
+        best_epoch = _train_phase(config, run, measured, data, phase, preprocessor, best_epochs, final)
+        if best_epoch is not None:
+            best_epochs[phase.name] = best_epoch
 
 
 def _train_phase(
@@ -87,44 +96,49 @@ def _train_phase(
 ) -> float | None:  # fmt: skip
     """Train one phase from the start (or from its checkpoint); returns the epoch of its best score."""
     from velora.build import build_network, parameter_counts
-    from velora.train import Loop
+    from velora.train import Outcome, train_phase
 
     network, changes = build_network(config, config.task.head(config), preprocessor)
     measured.parameters = parameter_counts(network)
     if run.writes and changes:
         print(changes)
-    loop = Loop(config, run, data, phase, network, stop_after_epoch=best_epochs.get(phase.stop_at_best_of or ""))
-    measured.device = loop.device_name
+    outcome = Outcome()
     try:
-        loop.train()
+        train_phase(config, run, data, phase, network, outcome, best_epochs.get(phase.stop_at_best_of or ""))
     finally:
-        measured.memory.update(loop.memory)
-        measured.speed.update(loop.speed)
-    scores = {**loop.final_scores, "best": loop.best_scores}
+        measured.device = outcome.device
+        if outcome.figures is not None:
+            measured.memory.update(outcome.figures.memory)
+            measured.speed.update(outcome.figures.speed)
+    scores = {**outcome.final_scores, "best": outcome.best_scores}
     if final:
         measured.metrics.update(scores)
         if config.trainer.save_model and run.writes:
-            loop.save(run.folder / "model")
+            config.adapter.save(outcome.network, run.folder / "model")
             if hasattr(preprocessor, "save_pretrained"):
                 preprocessor.save_pretrained(run.folder / "model")
     else:
         measured.metrics[phase.name] = scores
-    return loop.best_scores.get("epoch")
+    return outcome.best_scores.get("epoch")
 
 
 def _fail(run: Run, measured: Measured, status: str, sentence: str) -> None:
     run.finish(status, sentence, vars(measured))
 
 
-def _quiet(config: Config, run: Run) -> None:
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an error of its own; on a CPU it is Python's, or the text of torch's allocator."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def _quiet() -> None:
     """Settings that libraries read when they are imported, and their chatter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("WANDB_DIR", str(run.folder))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ["WANDB_PROJECT"] = config.wandb.project
-    if config.wandb.entity:
-        os.environ["WANDB_ENTITY"] = config.wandb.entity
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings(
@@ -132,11 +146,8 @@ def _quiet(config: Config, run: Run) -> None:
     )  # PEFT on our one-dimensional directions
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.pop("WANDB_MODE", None)
     import transformers
-    import transformers.integrations.integration_utils  # announces an offline mode that it finds set
 
-    os.environ["WANDB_MODE"] = config.wandb.mode
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()  # those of reading and writing files; the training keeps its own
 

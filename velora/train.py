@@ -1,300 +1,325 @@
-"""The training loop: `transformers.Trainer` with our optimiser, our scores and honest measuring around it.
+"""One phase of a run: `transformers.Trainer` with our optimiser, order of examples, loss, scores and measuring.
 
-What the subclass adds, and nothing else: the first batch calibrates the activations axis and is measured, evaluations and
-checkpoints are kept out of speed and peak memory, and a loss that is not finite stops the run.
+`train_phase` reads from top to bottom. What the subclass of Trainer changes: where the batches come from (velora/order.py),
+how the loss of a step is a mean over its items (`compute_loss`), and that evaluations and checkpoints are kept out of the
+figures. `Watch` writes the lines of metrics.jsonl and knows the reasons to stop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import os
+import shutil
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import (
-    EvalPrediction,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from velora.build import weights_bytes
-from velora.chrono import Chrono
-from velora.config import Config, TrainerConfig
-from velora.errors import ConfigError, Diverged, Interrupted
+from velora.arguments import training_arguments
+from velora.config import Config
+from velora.errors import Diverged, Interrupted, RunError
+from velora.figures import Figures
 from velora.group import Phase, TaskData
+from velora.memory.batches import training_loss
 from velora.memory.ledger import take_ledger
-from velora.memory.storages import plain_tensors, unique_bytes
+from velora.order import TrainingData
 from velora.record import Run
 from velora.signals import StopRequest
 
+MAX_SKIPPED_STEPS = 50  # in a row: the gradient scaler halves its factor at each, and starts at 2^16
 
-class Loop:
-    """One phase of one run. After `train()`: `final_scores`, `best_scores`, `memory` (bytes) and `speed` are filled."""
+
+@dataclass
+class Outcome:
+    """What a phase found; filled as it goes, so that a run that fails records what there is."""
+
+    figures: Figures | None = None
+    final_scores: dict[str, float] = field(default_factory=dict)
+    best_scores: dict[str, float] = field(default_factory=dict)  # with `step` and `epoch`
+    device: str | None = None
+    network: nn.Module | None = None
+
+
+def train_phase(
+    config: Config, run: Run, data: TaskData, phase: Phase, network: nn.Module, outcome: Outcome, stop_after_epoch: float | None
+) -> None:  # fmt: skip
+    """Calibrate, train (from the last checkpoint if there is one), evaluate at the end."""
+    folder = run.folder / (phase.name if len(data.phases) > 1 else "")
+    arguments = training_arguments(config, folder, "end" if phase.only_at_end else config.trainer.eval_every)
+    figures = Figures(arguments.device, data.unit)
+    outcome.figures, outcome.device = figures, _device_name(arguments.device)
+    trainer = PhaseTrainer(config, data, phase, figures, run.writes, model=network, args=arguments)
+    stop, bar = StopRequest(), _Bar()
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(bar)
+    trainer.add_callback(Watch(config, run, phase, trainer, stop, stop_after_epoch))
+
+    checkpoint = run.last_checkpoint(folder.name if len(data.phases) > 1 else "") if config.resume != "never" else None
+    run.rewind_metrics(phase.name, step_of(checkpoint) if checkpoint else 0)
+    if checkpoint is None:
+        prepare(network, trainer.first_batch(), config, figures, run)
+    else:
+        figures.load(checkpoint, first_process=arguments.process_index == 0)
+        if run.writes:
+            print(f"continuing from {checkpoint}")
+    try:
+        with stop.listening():
+            trainer.fit(checkpoint)
+            if stop.signal_name is not None:
+                raise Interrupted(f"stopped by {stop.signal_name} at step {trainer.state.global_step}")
+            figures.finish(trainer.sum_over_processes)
+            if trainer.state.global_step not in scores_by_step(trainer.state):
+                trainer.evaluate()
+            trainer.accelerator.wait_for_everyone()  # no rank writes into a checkpoint that another one deletes
+    finally:
+        bar.close()
+    outcome.network = trainer.accelerator.unwrap_model(trainer.model)
+    outcome.final_scores, outcome.best_scores = choose_scores(trainer.state, data, phase)
+
+
+@torch.no_grad()
+def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: Figures, run: Run) -> None:
+    """Before the first step: calibrate the activations axis on the first batch, and count what autograd keeps of it.
+
+    Leaves no trace in random numbers or buffers.
+    """
+    device = figures.device
+    batch = send_to_device(batch, device)
+    network.train()
+    loss = training_loss(network, batch, config)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.trainer.precision)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            config.activations.calibrate(network, batch)
+        if not config.trainer.measure_memory:
+            return
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        with torch.enable_grad():
+            ledger = take_ledger(network, loss, config.model.roles)
+        figures.note_forward(network, ledger.total_bytes)
+        if run.writes:
+            for sentence in config.activations.warnings(network, ledger, config):
+                print(f"note: {sentence}")
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+        config.activations.forget(network)
+
+
+class PhaseTrainer(Trainer):
+    """Trainer with the configuration's optimiser, with our order of examples, and with a loss that is a mean over a step."""
+
+    optimizer: Any
 
     def __init__(
-        self, config: Config, run: Run, data: TaskData, phase: Phase, network: nn.Module, stop_after_epoch: float | None
+        self, config: Config, data: TaskData, phase: Phase, figures: Figures, writes: bool, **arguments: Any
     ) -> None:
-        several = len(data.phases) > 1
-        self.config, self.run, self.data, self.phase = config, run, data, phase
-        self.phase_folder = phase.name if several else ""
-        self.memory: dict[str, int] = {}
-        self.speed: dict[str, float] = {}
-        self.final_scores: dict[str, float] = {}
-        self.best_scores: dict[str, float] = {}
-        self.stop = StopRequest()
+        self.config, self.data, self.figures, self.writes = config, data, figures, writes
         validation = phase.validation
-        self.trainer = MeasuringTrainer(
-            owner=self,
-            model=network,
-            args=_arguments(
-                config, run.folder / self.phase_folder, "end" if phase.only_at_end else config.trainer.eval_every
-            ),
+        super().__init__(
             data_collator=data.collate,
             train_dataset=phase.train,
             eval_dataset=validation[""] if list(validation) == [""] else validation,
             compute_metrics=self._scores,
             preprocess_logits_for_metrics=data.reduce_logits,
-            callbacks=[_Watch(self, stop_after_epoch)],
+            **arguments,
         )
-        self.trainer.remove_callback(ProgressCallback)
-        self.trainer.add_callback(_Bar)
+        self.model_accepts_loss_kwargs = False  # many forwards take **kwargs and ignore them; the division is ours
+        self.order = TrainingData(
+            phase.train, data.collate,
+            batch_size=config.trainer.batch_size, micro_batch_size=config.trainer.examples_per_forward,
+            drop_last=config.trainer.drop_last, seed=config.seed,
+            rank=self.args.process_index, num_processes=self.args.world_size,
+        )  # fmt: skip
 
-    @property
-    def device_name(self) -> str:
-        device = self.trainer.args.device
-        return (
-            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    def fit(self, checkpoint: Path | None) -> None:
+        """`train`, which would train one step too many where the checkpoint is that of the last step."""
+        with contextlib.suppress(_NothingLeft):
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def first_batch(self) -> dict[str, Any]:
+        return self.order.first_batch()
+
+    def sum_over_processes(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value, reduction="sum")
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = self.order.loader(
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory
         )
+        return self.accelerator.prepare(loader) if isinstance(self.train_dataset, IterableDataset) else loader
 
-    def train(self) -> None:
-        """Run the phase, from its last checkpoint if there is one, and evaluate at its end."""
-        trainer = self.trainer
-        checkpoint = self.run.last_checkpoint(self.phase_folder) if self.config.resume != "never" else None
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-        self.run.rewind_metrics(self.phase.name, step)
-        if checkpoint is not None and self.run.writes:
-            print(f"continuing from {checkpoint}")
-        trainer.first_batch_pending = checkpoint is None
-        trainer.measuring_pending = self.config.trainer.measure_memory
-        with self.stop.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if self.stop.signal_name is not None:
-                raise Interrupted(f"stopped by {self.stop.signal_name} at step {trainer.state.global_step}")
-            self._measure_speed()
-            if trainer.state.global_step not in _scores_by_step(trainer.state):
-                trainer.evaluate()
-            trainer.accelerator.wait_for_everyone()  # no rank writes into a checkpoint that another one deletes
-        self._collect_scores()
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.config.optimizer.build(self.model if model is None else model, self.config)
+        return self.optimizer
 
-    def save(self, folder: Path) -> None:
-        """What was trained (safetensors), as the adapter keeps it: the adapter alone, or the network with its configuration."""
-        self.config.adapter.save(self.trainer.accelerator.unwrap_model(self.trainer.model), folder)
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The micro-batches of a step and the number of its targets in all of them, on all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        targets = sum(torch.as_tensor(self.data.num_targets(batch)) for batch in batches)
+        return batches, self.sum_over_processes(torch.as_tensor(targets, device=device, dtype=torch.float32))
 
-    def check_finite(self, line: dict[str, float]) -> None:
-        """Losses and gradient norms must be finite; a score need not be (the correlation of constant predictions is not)."""
-        for key, value in line.items():
-            if key.endswith(("loss", "grad_norm")) and not math.isfinite(value):
-                raise Diverged(
-                    f"{key} is {value} at step {self.trainer.state.global_step}; a lower trainer.learning_rate, "
-                    "trainer.warmup_steps or trainer.max_grad_norm may help"
-                )
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.figures.chrono.count(self.data.num_items(inputs))
+        model.train()
+        inputs = send_to_device(inputs, self.args.device)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean over the targets of this forward; in training, its share of the mean over the targets of the step.
+
+        Networks return the mean over their own targets. Times the number of these, over the targets of the whole step, the
+        micro-batches of all processes add up to the mean over all; DDP averages over processes, hence their number.
+        """
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        if num_items_in_batch is not None:
+            share = torch.as_tensor(self.data.num_targets(inputs), device=loss.device) / num_items_in_batch
+            loss = loss * (share * self.args.world_size)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.figures.aside():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with self.figures.aside():
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+                self.figures.save(folder, self.sum_over_processes, writes=self.writes)
+            except Exception as error:  # of the file system, as OSError, torch's writer or safetensors have it
+                if not _is_about_files(error):
+                    raise
+                shutil.rmtree(folder, ignore_errors=True)
+                raise RunError(
+                    f"{folder} cannot be written ({_first_line(error)}); make room or give another runs_dir=, then the same "
+                    "command continues from the checkpoint before it"
+                ) from error
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         return dict(self.data.metrics(prediction.predictions, prediction.label_ids))
 
-    def _collect_scores(self) -> None:
-        by_step = _scores_by_step(self.trainer.state)
-        self.final_scores = by_step[max(by_step)]
-        key = self.data.best_metric
-        if key not in self.final_scores:  # several validation splits: the first one selects
-            key = f"{next(iter(self.phase.validation))}_{key}"
-        sign = 1 if self.data.greater_is_better else -1
-        best = max(by_step, key=lambda step: (sign * by_step[step][key], -step))
-        epochs = {line["step"]: line.get("epoch") for line in self.trainer.state.log_history}
-        self.best_scores = {**by_step[best], "step": best, "epoch": epochs[best]}
 
-    def _measure_speed(self) -> None:
-        chrono, unit = self.trainer.chrono, self.data.unit
-        items = self.trainer.accelerator.reduce(chrono.items(self.trainer.args.device), reduction="sum").item()
-        if chrono.seconds > 0:
-            self.speed = {
-                "steps_per_second": chrono.steps / chrono.seconds,
-                f"{unit}_per_second": items / chrono.seconds,
-                "train_seconds": chrono.total_seconds,
-            }
-
-
-class MeasuringTrainer(Trainer):
-    """Trainer with the optimiser of the configuration, and with measuring that does not disturb."""
-
-    optimizer: Any
-
-    def __init__(self, owner: Loop, **arguments: Any) -> None:
-        self.owner = owner
-        self.chrono = Chrono()
-        self.first_batch_pending = False
-        self.measuring_pending = False
-        super().__init__(**arguments)
-        # The models' own losses average over the tokens or examples of a micro-batch; told the number of items in the
-        # whole step, those that can divide by it instead, so that accumulation does not change the mean.
-        self.can_return_loss = True
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = self.owner.config.optimizer.build(
-                self.model if model is None else model, self.owner.config
-            )
-        return self.optimizer
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        if self.first_batch_pending or self.measuring_pending:
-            self._prepare_first_batch(model, self._prepare_inputs(inputs))
-        self.chrono.count(_items(inputs))
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self._aside():
-            return super().evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._aside():
-            super()._save_checkpoint(*args, **kwargs)
-
-    def note_peak(self) -> None:
-        """Carry the device's peak over; it is reset around everything that is not training."""
-        if self.args.device.type == "cuda":
-            memory = self.owner.memory
-            for key, read in (
-                ("allocated", torch.cuda.max_memory_allocated),
-                ("reserved", torch.cuda.max_memory_reserved),
-            ):
-                memory[f"peak_{key}_bytes"] = max(memory.get(f"peak_{key}_bytes", 0), read(self.args.device))
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """What happens inside is not training: neither its time nor its memory counts."""
-        self.note_peak()
-        with self.chrono.paused():
-            yield
-        if self.args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.args.device)
-
-    def _prepare_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Calibrate on the first batch and count what autograd keeps of it; leaves no trace in random numbers or buffers."""
-        model.train()
-        config = self.owner.config
-        network = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with self._aside(), torch.random.fork_rng(devices=devices):
-            if self.first_batch_pending:
-                with self.compute_loss_context_manager():
-                    config.activations.calibrate(network, inputs)
-            if self.measuring_pending:
-                buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-                with self.compute_loss_context_manager():
-                    ledger = take_ledger(network, partial(self.compute_loss, network, inputs), config.model.roles)
-                warnings = config.activations.warnings(network, ledger, config)
-                if self.owner.run.writes:
-                    tqdm.write("".join(f"note: {sentence}\n" for sentence in warnings), end="")
-                self.owner.memory["saved_for_backward_bytes"] = ledger.total_bytes
-                self.owner.memory["weights_bytes"] = weights_bytes(network)
-                for name, buffer in network.named_buffers():
-                    buffer.copy_(buffers[name])
-                config.activations.forget(network)
-        self.first_batch_pending = self.measuring_pending = False
+class _NothingLeft(Exception):
+    """The checkpoint that was loaded is that of the last step."""
 
 
 class _Bar(ProgressCallback):
-    """Trainer's progress bar with the latest loss in it, in place of a line for each logged step."""
+    """Trainer's progress bar with the latest loss in it, instead of a line for each logged step."""
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and self.training_bar is not None and "loss" in (logs or {}):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
 
+    def close(self) -> None:
+        """End the bars' line: what is printed next begins on its own."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
-class _Watch(TrainerCallback):
-    """Lines for metrics.jsonl, bytes of gradients and optimiser state, and the reasons to stop."""
 
-    def __init__(self, owner: Loop, stop_after_epoch: float | None) -> None:
-        self.owner = owner
+class Watch(TrainerCallback):
+    """Lines for metrics.jsonl, the moments that the figures need, and the reasons to stop."""
+
+    def __init__(
+        self, config: Config, run: Run, phase: Phase, trainer: PhaseTrainer, stop: StopRequest, stop_after_epoch: float | None
+    ) -> None:  # fmt: skip
+        self.config, self.run, self.phase, self.stop = config, run, phase, stop
+        self.order, self.figures = trainer.order, trainer.figures
         self.stop_after_epoch = stop_after_epoch
+        self.num_skipped = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.owner.trainer
-        if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
-        trainer.chrono.start(state.max_steps - state.global_step)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps or self._is_past_stop(state):
+            raise _NothingLeft
+        warmup = args.get_warmup_steps(state.max_steps)
+        if self.run.writes and warmup >= state.max_steps:
+            print(
+                f"note: the warm-up of {warmup} steps is as long as the run of {state.max_steps}: the learning rate never "
+                "reaches trainer.learning_rate"
+            )
+        self.figures.start(state.max_steps - state.global_step)
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if "gradients_bytes" not in self.owner.memory:
-            gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-            self.owner.memory["gradients_bytes"] = unique_bytes(list(plain_tensors(gradients)))
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.order.start_epoch(state.global_step)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if "optimizer_bytes" not in self.owner.memory:
-            held = list(plain_tensors(list(kwargs["optimizer"].state.values())))
-            self.owner.memory["optimizer_bytes"] = unique_bytes(held)
-            # an optimiser that updates inside the backward pass frees each gradient at once and knows the most it held
-            peak = getattr(getattr(kwargs["optimizer"], "optimizer", None), "peak_gradient_bytes", 0)
-            self.owner.memory["gradients_bytes"] = max(self.owner.memory["gradients_bytes"], peak)
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.figures.note_gradients(model)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.owner.config.activations.after_step(kwargs["model"])
-        self.owner.trainer.chrono.step()
-        if state.global_step >= state.max_steps:
-            self.owner.trainer.note_peak()
-        if self.owner.stop.signal_name is not None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        if not _was_skipped(optimizer):
+            self.num_skipped = 0
+            self.figures.note_optimizer(optimizer)
+            return
+        self.num_skipped += 1
+        if self.num_skipped >= MAX_SKIPPED_STEPS:
+            raise Diverged(
+                f"the gradients overflowed in {self.num_skipped} steps in a row before step {state.global_step}, although the "
+                "loss scale was halved each time; use trainer.precision=bf16, or a lower trainer.learning_rate"
+            )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.config.activations.after_step(model)
+        self.figures.chrono.step()
+        if self.stop.signal_name is not None:
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.stop_after_epoch is not None and (state.epoch or 0) >= self.stop_after_epoch - 1e-6:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self._is_past_stop(state):
             control.should_training_stop = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:
             return
         values = {k: v for k, v in logs.items() if k != "epoch" and not k.endswith(_NOISE)}
-        self.owner.run.log({"phase": self.owner.phase.name, "step": state.global_step, "epoch": state.epoch, **values})
-        self.owner.check_finite(values)
+        self.run.log({"phase": self.phase.name, "step": state.global_step, "epoch": state.epoch, **values})
+        if _was_skipped(kwargs.get("optimizer")):
+            values.pop(
+                "grad_norm", None
+            )  # infinite, which is why the scaler skipped the step; the weights are as before
+        check_finite(values, state.global_step)
 
-    def on_prediction_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.owner.stop.signal_name is not None:
-            raise Interrupted(f"stopped by {self.owner.stop.signal_name} in the evaluation at step {state.global_step}")
+    def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.stop.signal_name is not None:
+            raise Interrupted(f"stopped by {self.stop.signal_name} in the evaluation at step {state.global_step}")
+
+    def _is_past_stop(self, state: TrainerState) -> bool:
+        return self.stop_after_epoch is not None and (state.epoch or 0) >= self.stop_after_epoch - 1e-6
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """Losses and gradient norms must be finite; a score need not be (the correlation of constant predictions is not)."""
+    for key, value in values.items():
+        if key.endswith(("loss", "grad_norm")) and not math.isfinite(value):
+            raise Diverged(
+                f"{key} is {value} at step {step}; a lower trainer.learning_rate, trainer.warmup_steps or "
+                "trainer.max_grad_norm may help"
+            )
 
 
 _NOISE = ("_runtime", "_per_second", "_preparation_time")
 
 
-def _scores_by_step(state: TrainerState) -> dict[int, dict[str, float]]:
+def scores_by_step(state: TrainerState) -> dict[int, dict[str, float]]:
     """The scores of each evaluated step; Trainer keeps them in its state, so they survive a resume."""
     found: dict[int, dict[str, float]] = {}
     for line in state.log_history:
@@ -306,62 +331,42 @@ def _scores_by_step(state: TrainerState) -> dict[int, dict[str, float]]:
     return found
 
 
-def _items(inputs: dict[str, Any]) -> Tensor | int:
-    """Tokens that are not padding, or images, of one micro-batch; a tensor stays on its device (no synchronisation)."""
-    if "attention_mask" in inputs:
-        return inputs["attention_mask"].sum()
-    return inputs["input_ids"].numel() if "input_ids" in inputs else len(inputs["pixel_values"])
+def choose_scores(state: TrainerState, data: TaskData, phase: Phase) -> tuple[dict[str, float], dict[str, float]]:
+    """The scores at the end, and those of the best evaluation with its `step` and `epoch`.
+
+    The earliest of equally good ones is best. A score that is not a number (a correlation of constant predictions) is never
+    better than one that is; where none is, the last evaluation stands.
+    """
+    by_step = scores_by_step(state)
+    last = max(by_step)
+    key = data.best_metric
+    if key not in by_step[last]:  # several validation splits: the first one selects
+        key = f"{next(iter(phase.validation))}_{key}"
+    sign = 1 if data.greater_is_better else -1
+    defined = [step for step in by_step if not math.isnan(by_step[step][key])]
+    best = max(defined, key=lambda step: (sign * by_step[step][key], -step), default=last)
+    epochs = {line["step"]: line.get("epoch") for line in state.log_history}
+    return by_step[last], {**by_step[best], "step": best, "epoch": epochs[best]}
 
 
-def _strategy(name: str, every: int | float | str) -> dict[str, Any]:
-    if every == "end":
-        return {f"{name}_strategy": "no"}
-    if every == "epoch":
-        return {f"{name}_strategy": "epoch"}
-    return {f"{name}_strategy": "steps", f"{name}_steps": every}
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def _arguments(config: Config, folder: Path, eval_every: int | float | str) -> TrainingArguments:
-    trainer: TrainerConfig = config.trainer
-    if trainer.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
-    on_cpu = trainer.device == "cpu" or not torch.cuda.is_available()
-    schedule: dict[str, Any] = {"lr_scheduler_type": trainer.schedule}
-    if trainer.schedule == "constant" and (trainer.warmup_steps or trainer.warmup_ratio):
-        schedule = {"lr_scheduler_type": "constant_with_warmup"}
-    elif trainer.schedule == "cosine" and trainer.min_lr_ratio > 0:
-        schedule = {
-            "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": trainer.min_lr_ratio}
-        }  # fmt: skip
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=trainer.num_epochs or 1.0,
-        max_steps=trainer.max_steps or -1,
-        per_device_train_batch_size=trainer.examples_per_forward,
-        per_device_eval_batch_size=trainer.eval_batch_size,
-        gradient_accumulation_steps=trainer.accumulation_steps,
-        learning_rate=trainer.learning_rate,
-        weight_decay=trainer.weight_decay,
-        warmup_steps=trainer.warmup_steps or trainer.warmup_ratio,
-        max_grad_norm=trainer.max_grad_norm or 0.0,
-        bf16=trainer.precision == "bf16",
-        fp16=trainer.precision == "fp16",
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
-        torch_compile=trainer.compile,
-        logging_steps=trainer.log_every,
-        logging_nan_inf_filter=False,
-        dataloader_num_workers=trainer.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        save_total_limit=2,
-        seed=config.seed,
-        data_seed=config.seed,
-        disable_tqdm=False,
-        report_to=[] if config.wandb.mode == "disabled" else ["wandb"],
-        run_name=f"{config.name}/seed{config.seed}",
-        **_strategy("eval", eval_every),
-        **_strategy("save", trainer.save_every),
-        **schedule,
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether the gradient scaler of fp16 left out the last step."""
+    return bool(getattr(optimizer, "step_was_skipped", False))
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _is_about_files(error: Exception) -> bool:
+    return isinstance(error, OSError) or any(
+        sign in str(error) for sign in ("PytorchStreamWriter", "I/O error", "No space left", "IoError", "file write")
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

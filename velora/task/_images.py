@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from velora.errors import ConfigError
 from velora.group import TaskData
 from velora.model._images import ImageTransform
+from velora.task._counts import num_examples
 from velora.task._protocol import Protocol, phases
 
 Listed = list[tuple[Path, int]]
@@ -124,6 +125,8 @@ def image_task_data(
         best_metric="accuracy",
         greater_is_better=True,
         unit="images",
+        num_targets=num_examples,
+        num_items=num_examples,
         about=about,
     )
 

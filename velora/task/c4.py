@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from velora.errors import ConfigError
 from velora.group import Head, Phase, Task, TaskData
 from velora.task import _shards
+from velora.task._counts import num_predicted_tokens, num_tokens
 from velora.task._text import check_vocabulary, file_facts, length_problems, vocabulary_size
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class C4(Task):
             best_metric="perplexity",
             greater_is_better=False,
             unit="tokens",
+            num_targets=num_predicted_tokens,
+            num_items=num_tokens,
             reduce_logits=lm.sequence_losses,
             about=about,
         )

@@ -16,6 +16,7 @@ from pydantic import PositiveInt, field_validator
 
 from velora.errors import ConfigError
 from velora.group import Head, Phase, Task, TaskData
+from velora.task._counts import num_examples, num_tokens
 from velora.task._text import (
     Line,
     check_vocabulary,
@@ -142,6 +143,8 @@ class Glue(Task):
             best_metric=self.layout.metrics[0],
             greater_is_better=True,
             unit="tokens",
+            num_targets=num_examples,
+            num_items=num_tokens,
             reduce_logits=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
             about=about,
         )

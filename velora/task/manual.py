@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import PositiveInt
 
 from velora.group import Head, Phase, Task, TaskData
+from velora.task._counts import num_predicted_tokens, num_tokens
 from velora.task._text import check_vocabulary, length_problems, vocabulary_size
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Manual(Task):
             best_metric="perplexity",
             greater_is_better=False,
             unit="tokens",
+            num_targets=num_predicted_tokens,
+            num_items=num_tokens,
             reduce_logits=lm.sequence_losses,
             about=about,
         )

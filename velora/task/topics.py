@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, PositiveInt
 
 from velora.group import Head, Phase, Task, TaskData
+from velora.task._counts import num_examples, num_tokens
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -44,6 +45,8 @@ class Topics(Task):
             best_metric="accuracy",
             greater_is_better=True,
             unit="tokens",
+            num_targets=num_examples,
+            num_items=num_tokens,
             about={
                 "task": self.name,
                 "source": "pydoc_data.topics",

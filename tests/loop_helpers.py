@@ -1,0 +1,44 @@
+"""Runs of the training loop inside the test's own process: quick, and open to being interrupted at a chosen moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from text_helpers import composed
+
+from velora.config import Config
+from velora.record import Run
+from velora.run import execute
+
+LLAMA = ["task=manual", "model=llama_tiny", "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=32",
+         "model.architecture.intermediate_size=48", "model.architecture.num_attention_heads=4",
+         "model.architecture.num_key_value_heads=4", "task.max_length=32"]  # fmt: skip
+ROBERTA = ["model=roberta_tiny", "task=topics", "model.architecture.num_hidden_layers=2", "task.max_length=32",
+           "+model.architecture.hidden_dropout_prob=0", "+model.architecture.attention_probs_dropout_prob=0"]  # fmt: skip
+VIT = ["task=digits", "model=vit_tiny", "model.overrides.depth=2", "task.protocol=last"]
+FAMILIES = {"llama": LLAMA, "roberta": ROBERTA, "vit": VIT}
+
+SHORT = ["trainer.num_epochs=null", "trainer.max_steps=4", "trainer.batch_size=8", "trainer.log_every=1", "trainer.eval_every=end",
+         "trainer.save_every=end", "trainer.learning_rate=1e-3", "trainer.warmup_ratio=0", "trainer.warmup_steps=0",
+         "trainer.schedule=constant", "trainer.min_lr_ratio=0", "trainer.measure_memory=false", "wandb.mode=disabled"]  # fmt: skip
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    return composed(*SHORT, f"runs_dir={folder}", *overrides)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Run a configuration, or continue it; returns the record."""
+    return execute(config, Run(config))
+
+
+def lines_of(config: Config) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps_of(config: Config) -> list[dict[str, Any]]:
+    """Its lines of training steps."""
+    return [line for line in lines_of(config) if "loss" in line]
