@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from velora.config import Config
-from velora.errors import ConfigError, Diverged, Interrupted, RunError
+from velora.errors import ConfigError, Diverged, Interrupted, RunError, original_text
 from velora.group import Phase, TaskData
 from velora.record import Run
 from velora.signals import terminate_as_interrupt
@@ -56,12 +56,12 @@ def execute(config: Config, run: Run) -> dict[str, Any]:
             f"{sentence}; the same command {'continues it' if continues else 'starts it again'}"
         ) from None
     except Exception as error:
-        _fail(run, measured, "failed", f"{type(error).__name__}: {error}")
+        _fail(run, measured, "failed", f"{type(error).__name__}: {original_text(error)}")
         (run.folder / "traceback.txt").write_text(traceback.format_exc())
         if os.environ.get("VELORA_TRACEBACK"):
             raise
         raise RunError(
-            f"{type(error).__name__}: {error} (the traceback is in {run.folder / 'traceback.txt'})"
+            f"{type(error).__name__}: {original_text(error)} (the traceback is in {run.folder / 'traceback.txt'})"
         ) from None
     record = run.finish("ok", None, vars(measured))
     if run.writes:
@@ -126,6 +126,7 @@ def _quiet(config: Config, run: Run) -> None:
     if config.wandb.entity:
         os.environ["WANDB_ENTITY"] = config.wandb.entity
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="Image size|Palette images|Corrupt EXIF")  # see velora/model/_images.py
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings(
         "ignore", message=".*LoRA tensor.*invalid shape.*"
