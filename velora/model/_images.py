@@ -117,4 +117,4 @@ def _reason(error: Exception) -> str:
     """What PIL says, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "in no format that PIL knows"  # its own text is the path once more
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -63,7 +63,7 @@ def doubts(lists: Mapping[str, Listed], num_classes: int) -> Iterator[str]:
     """Sentences about lists that can be used and may not be what is meant; `lists` by the names of VTAB-1k's splits."""
     for name, listed in lists.items():
         if again := len(listed) - len(dict(listed)):
-            yield f"{again} lines of {name}.txt list an image once more"
+            yield f"lines of {name}.txt that list an image again: {again}"
     for train, test in (("train800", "val200"), ("train800val200", "test")):
         trained = dict(lists.get(train, []))
         if both := sum(path in trained for path, _ in lists.get(test, [])):
