@@ -50,6 +50,18 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
+def test_one_folder_out_of_an_archive(archive, tmp_path):
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr("vtab-1k/other/test.txt", "nothing")
+    folder = unpack_folder(archive, "cifar")
+    assert folder == tmp_path / "vtab-unpacked" / "cifar"
+    assert contents(folder) == CONTENTS
+    archive.unlink()
+    assert unpack_folder(archive, "cifar") == folder  # once
+    with pytest.raises(FileNotFoundError):
+        unpack_folder(archive, "other")
+
+
 def test_processes_at_once(archive, tmp_path):
     wait = f"""
 import os, time
@@ -95,6 +107,21 @@ def test_a_killed_process_leaves_only_a_temporary_folder(archive, tmp_path):
     os.utime(tmp_path / "vtab-unpacked" / left, (old, old))
     unpack_folder(archive, "cifar")
     assert beside(archive) == ["cifar"]
+
+
+def test_bad_archives_are_refused(tmp_path):
+    archive = tmp_path / "vtab.zip"
+    archive.write_text("no archive")
+    with pytest.raises(ConfigError, match="is no zip archive"):
+        unpack_folder(archive, "cifar")
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("vtab-1k/other/test.txt", "nothing")
+        opened.writestr("vtab-1k/bad/test.txt", "nothing")
+        opened.writestr("vtab-1k/bad/../../../outside.txt", "nothing")
+    with pytest.raises(ConfigError, match=r"has no folder cifar with a test\.txt in it"):
+        unpack_folder(archive, "cifar")
+    with pytest.raises(ConfigError, match="leaves its folder"):
+        unpack_folder(archive, "bad")
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ from PIL import Image
 
 from velora.errors import ConfigError
 from velora.model._images import ImageTransform
-from velora.task._archive import unpack_folder
 from velora.task._images import DecodedImages, ListedImages
 from velora.task.vtab import VTAB
 
@@ -282,6 +281,49 @@ def test_problems_of_the_configuration(root):
     assert sentence.endswith("has no task folders")
 
 
+@pytest.mark.parametrize("protocol", ["select_then_retrain", "best_on_test"])
+def test_a_selection_without_evaluations_is_refused(root, protocol):
+    (sentence,) = task(protocol=protocol).problems(config(root, eval_every="end"))
+    assert sentence == (
+        f"task.protocol={protocol} selects an epoch, and trainer.eval_every=end evaluates only the last one; "
+        "give trainer.eval_every=epoch, or task.protocol=last"
+    )
+    assert not list(task(protocol=protocol).problems(config(root, eval_every=0.1)))
+    assert not list(task(protocol="last").problems(config(root, eval_every="end")))
+
+
+def test_every_key_changes_something(root, monkeypatch, capsys):
+    """A key that this does not name is new: show here what it changes."""
+    folder = root / "vtab" / "dtd_subset"
+    shutil.copytree(folder, root / "vtab" / "other")
+    (root / "vtab" / "other" / "test.txt").write_text("images/a picture 0.png 0\n")
+
+    def about(**changes):
+        return task(**changes).load(TRANSFORM, config(root)).about
+
+    assert about(folder="other")["split_files"]["test.txt"]["num_images"] == 1
+    assert about(group="structured")["group"] == "structured"  # the report's means go by it
+    capsys.readouterr()
+    about(num_classes=5)
+    assert "the 3 classes of classes.txt count, not task.num_classes=5" in capsys.readouterr().out
+    assert task(num_classes=5).head(config(None)).num_labels == 5
+    assert about(protocol="last")["protocol"] == "last"
+    assert isinstance(task(keep_decoded=0).load(TRANSFORM, config(root)).phases[0].train, ListedImages)
+    asked = []
+
+    def load(what, remedy, function):
+        asked.append(what)
+        return str(root / "vtab.zip")
+
+    monkeypatch.setattr("velora.hub.load", load)
+    monkeypatch.setattr("velora.task._archive.unpack_folder", lambda archive, name: folder)
+    assert task(hub="other/VTAB:all.zip").load(TRANSFORM, config(None)).about["source"] == "other/VTAB:all.zip"
+    assert asked == ["the archive other/VTAB:all.zip (about 5 GB)"]
+    named_elsewhere = {"kind", "name"}  # the class itself; the run's folder and record
+    shown = {"folder", "group", "num_classes", "protocol", "keep_decoded", "hub"}
+    assert set(VTAB.model_fields) == named_elsewhere | shown
+
+
 def test_nineteen_tasks():
     folder = REPOSITORY / "conf" / "task" / "vtab"
     found = {file.stem: yaml.safe_load(file.read_text())["task"] for file in folder.glob("*.yaml")}
@@ -306,40 +348,6 @@ def test_nineteen_tasks():
         found[t]["num_classes"] for t in ("oxford_flowers102", "kitti", "patch_camelyon", "oxford_iiit_pet", "resisc45")
     ] == [102, 4, 2, 37, 45]
     assert [found[t]["num_classes"] for t in ("smallnorb_azi", "smallnorb_ele", "sun397", "svhn")] == [18, 9, 397, 10]
-
-
-def test_one_folder_out_of_an_archive(root, tmp_path):
-    archive = tmp_path / "hub" / "vtab.zip"
-    archive.parent.mkdir()
-    with zipfile.ZipFile(archive, "w") as opened:
-        for file in sorted((root / "vtab").rglob("*.*")):
-            opened.write(file, "vtab-1k/" + str(file.relative_to(root / "vtab")))
-        opened.writestr("vtab-1k/other/test.txt", "nothing")
-    folder = unpack_folder(archive, "dtd_subset")
-    assert folder == tmp_path / "hub" / "vtab-unpacked" / "dtd_subset"
-    original = root / "vtab" / "dtd_subset"
-    files = sorted(f.relative_to(original) for f in original.rglob("*.*"))
-    assert sorted(f.relative_to(folder) for f in folder.rglob("*.*")) == files
-    assert all((folder / f).read_bytes() == (original / f).read_bytes() for f in files)
-    archive.unlink()
-    assert unpack_folder(archive, "dtd_subset") == folder  # once
-    with pytest.raises(FileNotFoundError):
-        unpack_folder(archive, "cifar")
-
-
-def test_bad_archives_are_refused(tmp_path):
-    archive = tmp_path / "vtab.zip"
-    archive.write_text("no archive")
-    with pytest.raises(ConfigError, match="is no zip archive"):
-        unpack_folder(archive, "cifar")
-    with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr("vtab-1k/other/test.txt", "nothing")
-        opened.writestr("vtab-1k/bad/test.txt", "nothing")
-        opened.writestr("vtab-1k/bad/../../../outside.txt", "nothing")
-    with pytest.raises(ConfigError, match=r"has no folder cifar with a test\.txt in it"):
-        unpack_folder(archive, "cifar")
-    with pytest.raises(ConfigError, match="leaves its folder"):
-        unpack_folder(archive, "bad")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from velora.group import Head, Task, TaskData
 from velora.task._lists import count_classes, describe_list, doubts, read_list
-from velora.task._protocol import PROTOCOLS, Protocol, splits_of
+from velora.task._protocol import PROTOCOLS, Protocol, protocol_problems, splits_of
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -36,6 +36,7 @@ class VTAB(Task):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
+        yield from protocol_problems(self.protocol, config)
         if not self.hub.partition(":")[0] or not self.hub.partition(":")[2]:
             yield f"task.hub={self.hub} is not <dataset repository>:<zip file>"
         if not self.folder or Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
