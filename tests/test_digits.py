@@ -69,3 +69,15 @@ def test_grey_images_become_colour(size):
     image = transform.from_image(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)))
     assert image.shape == (3, size, size)
     assert torch.equal(image[0], image[2])
+
+
+def test_a_selection_without_evaluations_is_refused():
+    model = SimpleNamespace(name="vit_tiny", modalities=lambda: ("image_classification",))
+    config = SimpleNamespace(model=model, trainer=SimpleNamespace(eval_every="end"))
+    (sentence,) = task("best_on_test").problems(config)
+    assert sentence.startswith("task.protocol=best_on_test selects an epoch, and trainer.eval_every=end evaluates only")
+    assert not list(task("last").problems(config))
+
+
+def test_every_key_changes_something():
+    assert set(Digits.model_fields) == {"kind", "name", "protocol"}  # the last: test_protocols_and_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,12 +149,98 @@ def test_files_of_another_architecture_are_refused(tmp_path):
             build(vit(pretrained=True, path=str(tmp_path / name)))
 
 
+def test_more_layers_or_other_heads_in_an_npz_are_another_architecture(tmp_path):
+    deep = build(vit(overrides={**SMALL, "depth": 3})).vit
+    np.savez(tmp_path / "deep.npz", **flax_weights(deep, num_heads=4))
+    np.savez(tmp_path / "heads.npz", **flax_weights(build(vit()).vit, num_heads=2))
+    for name, reason in {"deep": "3 layers with 4 attention heads", "heads": "2 layers with 2 attention heads"}.items():
+        sentence = rf"{name}\.npz is a checkpoint of another architecture \(it has {reason}, the network 2 with 4\)"
+        with pytest.raises(ConfigError, match=sentence):
+            build(vit(pretrained=True, path=str(tmp_path / f"{name}.npz")))
+
+
+class Runs:
+    """Unpickled, it writes a file: nobody's checkpoint may do that."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize(
+    "kind", ["empty", "junk", "cut early", "cut late", "pickle", "pickle of torch", "folder of a hub pointer"]
+)
+def test_files_that_are_no_weights_are_refused(tmp_path, suffix, kind):
+    file, ran = tmp_path / f"weights{suffix}", tmp_path / "ran"
+    network = build(vit()).vit
+    if suffix == ".npz":
+        np.savez(file, **flax_weights(network, num_heads=4))
+    else:
+        save_file(network.state_dict(), file)
+    whole = file.read_bytes()
+    file.write_bytes({
+        "empty": b"", "junk": bytes(range(256)) * 40, "cut early": whole[:100], "cut late": whole[:-100],
+        "pickle": pickle.dumps({"head.bias": Runs(ran)}), "pickle of torch": b"",
+        "folder of a hub pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    }[kind])  # fmt: skip
+    if kind == "pickle of torch":
+        torch.save({"head.bias": Runs(ran)}, file)
+    sentence = rf"^model\.path={file} cannot be read as weights \([^\n]*\): give a whole \.safetensors or \.npz file$"
+    with pytest.raises(ConfigError, match=sentence):
+        build(vit(pretrained=True, path=str(file)))
+    assert not ran.exists()
+
+
+def test_an_npz_with_pickles_is_not_unpickled(tmp_path):
+    arrays = flax_weights(build(vit()).vit, num_heads=4)
+    for name in ("cls", "unused"):
+        np.savez(tmp_path / "objects.npz", **arrays | {name: np.array([Runs(tmp_path / "ran")])})
+        with pytest.raises(
+            ConfigError, match=r"objects\.npz cannot be read as weights \(Object arrays cannot be loaded"
+        ):
+            build(vit(pretrained=True, path=str(tmp_path / "objects.npz")))
+        assert not (tmp_path / "ran").exists()
+    np.save(tmp_path / "single.npy", arrays["cls"])
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    with pytest.raises(ConfigError, match=r"single\.npz cannot be read as weights \(it is a single array\)"):
+        build(vit(pretrained=True, path=str(tmp_path / "single.npz")))
+
+
+def test_damaged_numbers_are_refused(tmp_path):
+    network = build(vit()).vit
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    save_file({**state, "norm.bias": state["norm.bias"].to(torch.int32)}, tmp_path / "int.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"another architecture \(1 parameters are missing or do not fit, norm\.bias among"
+    ):
+        build(vit(pretrained=True, path=str(tmp_path / "int.safetensors")))
+    with torch.no_grad():
+        network.norm.bias[3] = float("nan")
+    save_file(network.state_dict(), tmp_path / "nan.safetensors")
+    np.savez(tmp_path / "nan.npz", **flax_weights(network, num_heads=4))
+    for name in ("nan.safetensors", "nan.npz"):
+        with pytest.raises(ConfigError, match=rf"model\.path=.*{name} holds NaN or inf \(in norm\.bias\)"):
+            build(vit(pretrained=True, path=str(tmp_path / name)))
+
+
+def test_half_a_head_is_replaced_whole(tmp_path):
+    source, fresh = build(vit(), seed=3).vit.state_dict(), build(vit()).vit.state_dict()
+    save_file({k: v for k, v in source.items() if k != "head.bias"}, tmp_path / "half.safetensors")
+    loaded = build(vit(pretrained=True, path=str(tmp_path / "half.safetensors"))).vit.state_dict()
+    assert all(torch.equal(value, (fresh if k.startswith("head.") else source)[k]) for k, value in loaded.items())
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"image_size": 20}, "model.image_size=20 is no multiple of the patch size 8 of model=vit_tiny"),
         ({"image_size": 20, "overrides": {}}, "is no multiple of the patch size 16"),
         ({"path": "nowhere.npz", "pretrained": True}, "model.path=nowhere.npz is no file with weights"),
+        ({"path": "a" * 300 + ".npz", "pretrained": True}, ".npz is no file with weights"),
+        ({"path": "~nobody/a.npz", "pretrained": True}, "model.path=~nobody/a.npz is no file with weights"),
         ({"pretrained": True}, "published weights do not fit a changed architecture"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ from PIL import Image
 
 from velora.errors import ConfigError
 from velora.model._images import ImageTransform
-from velora.task._archive import unpack_folder
 from velora.task._images import DecodedImages, ListedImages
 from velora.task.vtab import VTAB
 
@@ -121,6 +120,25 @@ def test_number_of_classes(root):
         task().head(config(root))
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"0 a\n1 b\n2 c\n", 3), (b"a\nb\n", 2), (b"\xef\xbb\xbf00 a\r\n01 b\r\n", 2),
+        (b"0 caf\xe9\n", r"classes\.txt is not UTF-8 text \(invalid continuation byte at byte 5\): save it as UTF-8"),
+        (b"0 a\n1 b\n1 c\n", r"classes\.txt must number its 3 classes 0 to 2, each once"),
+        (b"1 a\n2 b\n", r"classes\.txt must number its 2 classes 0 to 1, each once"),
+        (b"0 a\n" + b"9" * 5000 + b" b\n", r"classes\.txt must number its 2 classes 0 to 1"),
+    ],
+)  # fmt: skip
+def test_classes(root, content, found):
+    (root / "vtab" / "dtd_subset" / "classes.txt").write_bytes(content)
+    if isinstance(found, int):
+        assert task().head(config(root)).num_labels == found
+    else:
+        with pytest.raises(ConfigError, match=found):
+            task().head(config(root))
+
+
 def test_top1_over_all_examples(root):
     metrics = task().load(TRANSFORM, config(root)).metrics
     logits = np.array([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.1, 0.2]])
@@ -149,6 +167,77 @@ def test_bad_lists_are_refused(root, file, content, sentence):
         task().load(TRANSFORM, config(root))
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b"images/a picture 1.png +1", r"b?'images/a picture 1\.png \+1' is not <relative image path> <label>"),
+        (b"images/a picture 1.png 1.0", r"is not <relative image path> <label>"),
+        ("images/a picture 1.png ٣".encode(), r"is not <relative image path> <label>"),
+        (b"images/a picture 1.png", r"is not <relative image path> <label>"),
+        (b"1", r"'1' is not <relative image path> <label>"),
+        (b" 1", r"' 1' is not <relative image path> <label>"),
+        (b"images/a picture 1.png " + b"9" * 5000, r"label 9{200} is out of range, the task has 3 classes \(0 to 2\)$"),
+        (b"../dtd_subset/images/a picture 1.png 1", r"image \.\./dtd_subset/images/a picture 1\.png is not below .*/dtd_subset: "),
+        (b"/etc/passwd 1", r"the image /etc/passwd is not below .*/dtd_subset: give a path relative to that folder"),
+        (b"images 1", r"the image images does not exist in "),  # a folder
+        (b"a" * 300 + b" 1", r"the image a{200} does not exist in "),
+        (b"images/a\0b.png 1", r"does not exist in "),
+        (b"images/a picture 0.png 1", r"label 1 contradicts an earlier line, where this image has label 0"),
+    ],
+)  # fmt: skip
+def test_bad_lines_are_refused(root, line, sentence):
+    (root / "vtab" / "dtd_subset" / "val200.txt").write_bytes(b"images/a picture 0.png 0\n" + line + b"\n")
+    with pytest.raises(ConfigError, match=rf"^[^\n]*/val200\.txt, line 2: [^\n]*{sentence}"):
+        task().load(TRANSFORM, config(root))
+
+
+@pytest.mark.parametrize("content", [b"images/caf\xe9.png 0\n", "images/a picture 1.png 0\n".encode("utf-16")])
+def test_a_list_that_is_not_utf8_is_refused(root, content):
+    (root / "vtab" / "dtd_subset" / "val200.txt").write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"val200\.txt is not UTF-8 text \(invalid .* byte at byte \d+\): save it as UTF-8$"
+    ):
+        task().load(TRANSFORM, config(root))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [b"\xef\xbb\xbf%s 1\n%s 2\n", b"%s 1\r\n%s 2\r\n", b"%s\t1\n%s\t 2 \n", b"%s   1\n\n   \n%s 02", b"./%s 1\r%s 2"],
+)
+def test_forms_of_a_list_that_are_read(root, form):
+    one, two = b"images/a picture 1.png", b"images/a picture 2.png"
+    (root / "vtab" / "dtd_subset" / "test.txt").write_bytes(form % (one, two))
+    test = task().load(TRANSFORM, config(root)).phases[1].validation[""]
+    assert [(int(image[0, 0, 0]), label) for image, label in test] == [(10, 1), (20, 2)]
+
+
+def test_names_beyond_ascii_are_read(root):
+    folder = root / "vtab" / "dtd_subset"
+    (folder / "images" / "a picture 1.png").rename(folder / "images" / "caf\u00e9 \u2028.png")
+    for name in NAMES:  # U+2028 is no end of a line
+        text = (folder / f"{name}.txt").read_text().replace("a picture 1.png", "caf\u00e9 \u2028.png")
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    assert len(task().load(TRANSFORM, config(root)).phases[0].train) == 6
+
+
+def test_what_may_not_be_meant_is_said_once(root, capsys):
+    folder = root / "vtab" / "dtd_subset"
+    data = task(num_classes=3).load(TRANSFORM, config(root))
+    assert data.about["notes"] == []
+    assert capsys.readouterr().out == ""
+    with (folder / "test.txt").open("a") as stream:
+        stream.write("images/a picture 0.png 0\nimages/a picture 0.png 0\n")
+    (folder / "classes.txt").write_text("0 a\n1 b\n2 c\n3 d\n4 e\n")
+    notes = [
+        "lines of test.txt that list an image again: 1",
+        "2 of the 6 images of test.txt stand in train800val200.txt too: they are trained on",
+        "2 of the 5 classes have no image in train800val200.txt",
+        "the 5 classes of classes.txt count, not task.num_classes=47",
+    ]
+    assert task().load(TRANSFORM, config(root)).about["notes"] == notes
+    assert capsys.readouterr().out.splitlines() == [f"note: {folder}: {text}" for text in notes]
+
+
 @pytest.mark.parametrize("keep_decoded", [0, 100])
 def test_a_file_that_is_no_image_is_refused(root, keep_decoded):
     (root / "vtab" / "dtd_subset" / "images" / "a picture 2.png").write_text("no image")
@@ -160,14 +249,79 @@ def test_a_file_that_is_no_image_is_refused(root, keep_decoded):
         use()
 
 
+def test_a_bad_image_in_a_loading_process_ends_the_run_with_one_sentence(root, cli):
+    image = root / "vtab" / "dtd_subset" / "images" / "a picture 2.png"
+    image.write_bytes(image.read_bytes()[:50])
+    done = cli(
+        "task=vtab/dtd", "task.folder=dtd_subset", "task.keep_decoded=0", "model=vit_tiny", f"data.root={root}", "name=bad",
+        "trainer.num_workers=1", "trainer.num_epochs=1", "trainer.warmup_ratio=0", "trainer.batch_size=6",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    record = cli.record("bad")
+    assert record["status"] == "failed"
+    assert record["error"].startswith(f"{image} is not a readable image (")
+    assert "\n" not in record["error"]
+    assert f"velora-train: {record['error']}\n" in done.stderr
+
+
 def test_problems_of_the_configuration(root):
     assert not list(task().problems(config(root)))
     (sentence,) = task(folder="svhn").problems(config(root))
     assert "task.folder=svhn: " in sentence
     assert sentence.endswith("there are dtd_subset")
+    for folder in ("", "..", "dtd_subset/../../..", "/etc"):
+        (sentence,) = task(folder=folder).problems(config(root))
+        assert sentence == f"task.folder={folder!r} is not the name of a folder below data.root/vtab"
+    for hub in ("", "somebody/VTAB", "somebody/VTAB:", ":vtab.zip"):
+        (sentence,) = task(hub=hub).problems(config(root))
+        assert sentence == f"task.hub={hub} is not <dataset repository>:<zip file>"
     (root / "empty").mkdir()
     (sentence,) = task().problems(config(root / "empty"))
     assert sentence.endswith("has no task folders")
+
+
+@pytest.mark.parametrize("protocol", ["select_then_retrain", "best_on_test"])
+def test_a_selection_without_evaluations_is_refused(root, protocol):
+    (sentence,) = task(protocol=protocol).problems(config(root, eval_every="end"))
+    assert sentence == (
+        f"task.protocol={protocol} selects an epoch, and trainer.eval_every=end evaluates only the last one; "
+        "give trainer.eval_every=epoch, or task.protocol=last"
+    )
+    assert not list(task(protocol=protocol).problems(config(root, eval_every=0.1)))
+    assert not list(task(protocol="last").problems(config(root, eval_every="end")))
+
+
+def test_every_key_changes_something(root, monkeypatch, capsys):
+    """A key that this does not name is new: show here what it changes."""
+    folder = root / "vtab" / "dtd_subset"
+    shutil.copytree(folder, root / "vtab" / "other")
+    (root / "vtab" / "other" / "test.txt").write_text("images/a picture 0.png 0\n")
+
+    def about(**changes):
+        return task(**changes).load(TRANSFORM, config(root)).about
+
+    assert about(folder="other")["split_files"]["test.txt"]["num_images"] == 1
+    assert about(group="structured")["group"] == "structured"  # the report's means go by it
+    capsys.readouterr()
+    about(num_classes=5)
+    assert "the 3 classes of classes.txt count, not task.num_classes=5" in capsys.readouterr().out
+    assert task(num_classes=5).head(config(None)).num_labels == 5
+    assert about(protocol="last")["protocol"] == "last"
+    assert isinstance(task(keep_decoded=0).load(TRANSFORM, config(root)).phases[0].train, ListedImages)
+    asked = []
+
+    def load(what, remedy, function):
+        asked.append(what)
+        return str(root / "vtab.zip")
+
+    monkeypatch.setattr("velora.hub.load", load)
+    monkeypatch.setattr("velora.task._archive.unpack_folder", lambda archive, name: folder)
+    assert task(hub="other/VTAB:all.zip").load(TRANSFORM, config(None)).about["source"] == "other/VTAB:all.zip"
+    assert asked == ["the archive other/VTAB:all.zip (about 5 GB)"]
+    named_elsewhere = {"kind", "name"}  # the class itself; the run's folder and record
+    shown = {"folder", "group", "num_classes", "protocol", "keep_decoded", "hub"}
+    assert set(VTAB.model_fields) == named_elsewhere | shown
 
 
 def test_nineteen_tasks():
@@ -194,40 +348,6 @@ def test_nineteen_tasks():
         found[t]["num_classes"] for t in ("oxford_flowers102", "kitti", "patch_camelyon", "oxford_iiit_pet", "resisc45")
     ] == [102, 4, 2, 37, 45]
     assert [found[t]["num_classes"] for t in ("smallnorb_azi", "smallnorb_ele", "sun397", "svhn")] == [18, 9, 397, 10]
-
-
-def test_one_folder_out_of_an_archive(root, tmp_path):
-    archive = tmp_path / "hub" / "vtab.zip"
-    archive.parent.mkdir()
-    with zipfile.ZipFile(archive, "w") as opened:
-        for file in sorted((root / "vtab").rglob("*.*")):
-            opened.write(file, "vtab-1k/" + str(file.relative_to(root / "vtab")))
-        opened.writestr("vtab-1k/other/test.txt", "nothing")
-    folder = unpack_folder(archive, "dtd_subset")
-    assert folder == tmp_path / "hub" / "vtab-unpacked" / "dtd_subset"
-    original = root / "vtab" / "dtd_subset"
-    files = sorted(f.relative_to(original) for f in original.rglob("*.*"))
-    assert sorted(f.relative_to(folder) for f in folder.rglob("*.*")) == files
-    assert all((folder / f).read_bytes() == (original / f).read_bytes() for f in files)
-    archive.unlink()
-    assert unpack_folder(archive, "dtd_subset") == folder  # once
-    with pytest.raises(FileNotFoundError):
-        unpack_folder(archive, "cifar")
-
-
-def test_bad_archives_are_refused(tmp_path):
-    archive = tmp_path / "vtab.zip"
-    archive.write_text("no archive")
-    with pytest.raises(ConfigError, match="is no zip archive"):
-        unpack_folder(archive, "cifar")
-    with zipfile.ZipFile(archive, "w") as opened:
-        opened.writestr("vtab-1k/other/test.txt", "nothing")
-        opened.writestr("vtab-1k/bad/test.txt", "nothing")
-        opened.writestr("vtab-1k/bad/../../../outside.txt", "nothing")
-    with pytest.raises(ConfigError, match=r"has no folder cifar with a test\.txt in it"):
-        unpack_folder(archive, "cifar")
-    with pytest.raises(ConfigError, match="leaves its folder"):
-        unpack_folder(archive, "bad")
 
 
 @pytest.mark.parametrize(

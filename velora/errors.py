@@ -1,8 +1,25 @@
 """The errors of the program and the exit status that each one ends it with."""
 
+from __future__ import annotations
+
+import re
+
+# What torch makes of the text of an exception that a data loader's process (or the thread that pins memory) has raised:
+# "Caught <type> in <where>.", then the whole traceback, whose last lines are "<module>.<type>: <text>".
+_FROM_WORKER = re.compile(r"Caught (\w+) in [^\n]*\nOriginal Traceback .*\n(?:[\w.]+\.)?\1: (.*)", re.DOTALL)
+
+
+def original_text(text: object) -> str:
+    """An exception's text as it was raised, also where torch raises it again out of a data loader's process."""
+    found = _FROM_WORKER.fullmatch(str(text))
+    return found[2].rstrip("\n") if found else str(text)
+
 
 class ConfigError(ValueError):
     """The configuration or the data is wrong. The text names the key, its value and the remedy; exit status 2."""
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(original_text(text))
 
 
 class RunError(RuntimeError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from velora.config import Config
-from velora.errors import ConfigError, Diverged, Interrupted, RunError
+from velora.errors import ConfigError, Diverged, Interrupted, RunError, original_text
 from velora.group import Phase, TaskData
 from velora.record import Run
 from velora.signals import terminate_as_interrupt
@@ -65,12 +65,12 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
             sentence = " ".join(str(error).split())[:300]
             _fail(run, measured, "out_of_memory", sentence)
             raise RunError(f"out of memory: {sentence}; lower trainer.micro_batch_size or see velora-memory") from None
-        _fail(run, measured, "failed", f"{type(error).__name__}: {error}")
+        _fail(run, measured, "failed", f"{type(error).__name__}: {original_text(error)}")
         (run.folder / "traceback.txt").write_text(traceback.format_exc())
         if os.environ.get("VELORA_TRACEBACK"):
             raise
         raise RunError(
-            f"{type(error).__name__}: {error} (the traceback is in {run.folder / 'traceback.txt'})"
+            f"{type(error).__name__}: {original_text(error)} (the traceback is in {run.folder / 'traceback.txt'})"
         ) from None
     record = run.finish("ok", None, vars(measured))
     if run.writes:
@@ -140,6 +140,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message="Image size|Palette images|Corrupt EXIF")  # see velora/model/_images.py
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings(
         "ignore", message=".*LoRA tensor.*invalid shape.*"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,45 +118,95 @@ class ViT(Model):
             )
 
     def _file(self) -> Path | None:
-        path = Path(self.path or "").expanduser()
-        if path.is_dir():
-            path = path / "model.safetensors"
-        return path if path.is_file() and path.suffix in _SUFFIXES else None
+        path = os.path.expanduser(self.path or "")
+        if os.path.isdir(path):  # those of pathlib raise for a name that is too long
+            path = os.path.join(path, "model.safetensors")
+        return Path(path) if os.path.isfile(path) and path.endswith(_SUFFIXES) else None
 
     def _load_file(self, vit: nn.Module) -> None:
         """Copy the file's weights into the network; the head may be missing or of another size, nothing else."""
         file = self._file()
         assert file is not None  # `problems` saw to it
+        npz = file.suffix == ".npz"
         try:
-            if file.suffix == ".npz":
-                vit.load_pretrained(str(file))  # type: ignore[operator]
-                return
-            state = _timm_state(file, vit)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise self._another(str(error).splitlines()[0]) from None
-        heads = {
-            k for k in state if k.startswith("head.") and state[k].shape != vit.state_dict().get(k, state[k]).shape
-        }
-        kept = {k: v for k, v in state.items() if k not in heads}
-        expected = vit.state_dict()
-        wrong = sorted(k for k in expected if not k.startswith("head.") and k not in kept)
-        wrong += sorted(k for k in kept if k not in expected or kept[k].shape != expected[k].shape)
-        if wrong:
-            raise self._another(f"{len(wrong)} parameters are missing or do not fit, {wrong[0]} among them")
-        vit.load_state_dict(kept, strict=False)
+            state = _npz_shapes(file) if npz else _safetensors(file)
+        except MemoryError:
+            raise
+        except Exception as error:  # of zipfile, zlib, NumPy and safetensors, which raise half a dozen types
+            raise ConfigError(
+                f"model.path={self.path} cannot be read as weights ({_first_line(error)}): "
+                f"give a whole {' or '.join(_SUFFIXES)} file"
+            ) from None
+        try:
+            _copy_npz(file, state, vit) if npz else _copy_state(state, vit)
+        except MemoryError:
+            raise
+        except Exception as error:  # timm's conversions find other names and shapes in as many ways
+            raise ConfigError(
+                f"model.path={self.path} is a checkpoint of another architecture ({_first_line(error)}); "
+                "choose the model= that belongs to it"
+            ) from None
+        for name, value in vit.state_dict().items():
+            if not value.isfinite().all():
+                raise ConfigError(f"model.path={self.path} holds NaN or inf (in {name}): give an undamaged checkpoint")
 
-    def _another(self, reason: str) -> ConfigError:
-        return ConfigError(
-            f"model.path={self.path} is a checkpoint of another architecture ({reason}); choose the model= that belongs to it"
+
+def _first_line(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError) or not text else text
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(str(file))
+
+
+def _npz_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each array, all of which were read (their checksums hold, and none is a pickle)."""
+    import numpy as np
+
+    with open(file, "rb") as stream:
+        found = np.load(stream, allow_pickle=False)
+        if not isinstance(found, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        return {name: found[name].shape for name in found.files}
+
+
+def _copy_npz(file: Path, shapes: dict[str, tuple[int, ...]], vit: Any) -> None:
+    """timm's conversion of the original format, which itself passes over further layers and another number of heads."""
+    vit.load_pretrained(str(file))
+    numbers = {int(found[1]) for name in shapes if (found := re.search(r"encoderblock_(\d+)/", name))}
+    stacked = {shape[0] for name, shape in shapes.items() if "/encoderblock/LayerNorm_0/scale" in name}
+    heads = {shape[-2] for name, shape in shapes.items() if name.endswith("/query/kernel") and "block" in name}
+    theirs = (max(numbers, default=-1) + 1 or max(stacked, default=0), max(heads, default=0))
+    ours = (len(vit.blocks), vit.blocks[0].attn.num_heads)
+    if theirs != ours:
+        raise ValueError(
+            f"it has {theirs[0]} layers with {theirs[1]} attention heads, the network {ours[0]} with {ours[1]}"
         )
 
 
-def _timm_state(file: Path, vit: nn.Module) -> dict[str, Tensor]:
-    """A state dict with timm's names, position embeddings resampled to the network's image size."""
-    from safetensors.torch import load_file
+def _copy_state(state: dict[str, Tensor], vit: nn.Module) -> None:
+    """timm's names, or those of a network saved by this program; position embeddings are resampled to the image size."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    state = load_file(str(file))
     own = all(k.startswith("vit.") for k in state)
     state = {k.removeprefix("vit."): v for k, v in state.items()} if own else state
-    return checkpoint_filter_fn(state, vit)
+    state = checkpoint_filter_fn(state, vit)
+    expected = vit.state_dict()
+
+    def fits(name: str) -> bool:
+        found, wanted = state.get(name), expected[name]
+        return found is not None and (found.shape, found.is_floating_point()) == (
+            wanted.shape,
+            wanted.is_floating_point(),
+        )
+
+    if not all(fits(name) for name in expected if name.startswith("head.")):  # another task's head, or none
+        state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    wrong = sorted(k for k in expected if not k.startswith("head.") and not fits(k))
+    wrong += sorted(k for k in state if k not in expected)
+    if wrong:
+        raise ValueError(f"{len(wrong)} parameters are missing or do not fit, {wrong[0]} among them")
+    vit.load_state_dict(state, strict=False)

@@ -1,59 +1,23 @@
-"""Image classification from lists of files: reading, checking, decoding once.
-
-A split is a text file, one image a line: a path relative to its folder, a blank, a label (an integer from 0). This is the
-layout that SSF, Hydra, NOAH and FacT share for VTAB-1k.
+"""Image classification from files: decoding once or at each use, batches, scores.
 
 Shapes: B images, n images of a split, 3 colours, S x S pixels, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from velora.errors import ConfigError
 from velora.group import TaskData
 from velora.model._images import ImageTransform
 from velora.task._counts import num_examples
+from velora.task._lists import Listed
 from velora.task._protocol import Protocol, phases
-
-Listed = list[tuple[Path, int]]
-
-
-def read_list(file: Path, num_classes: int) -> Listed:
-    """(path, label) of each line; ConfigError for a missing, empty or malformed list, naming file and line."""
-    if not file.is_file():
-        raise ConfigError(f"{file} is missing: each line of it must be <relative image path> <label>")
-    found: Listed = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.rstrip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise ConfigError(f"{file}, line {number}: {line!r} is not <relative image path> <label>")
-        if int(label) >= num_classes:
-            raise ConfigError(
-                f"{file}, line {number}: label {label} is out of range, the task has {num_classes} classes (0 to {num_classes - 1})"
-            )
-        path = file.parent / name
-        if not path.is_file():
-            raise ConfigError(f"{file}, line {number}: the image {name} does not exist in {file.parent}")
-        found.append((path, int(label)))
-    if not found:
-        raise ConfigError(f"{file} is empty: no image is listed in it")
-    return found
-
-
-def describe_list(file: Path, listed: Listed) -> dict[str, Any]:
-    """For the record of a run: which split this was."""
-    return {"num_images": len(listed), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 class DecodedImages(Dataset):
@@ -81,10 +45,7 @@ class ListedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.listed[index]
-        try:
-            return self.transform.read(path), label
-        except OSError as error:
-            raise ConfigError(f"{path} is not a readable image: {error}") from None
+        return self.transform.read(path), label
 
 
 def image_split(listed: Listed, transform: ImageTransform, keep_decoded: int) -> Dataset:

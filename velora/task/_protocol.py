@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Phase
+
+if TYPE_CHECKING:
+    from velora.config import Config
 
 Protocol = Literal["select_then_retrain", "best_on_test", "last"]
 
@@ -20,6 +23,15 @@ def splits_of(protocol: Protocol) -> tuple[str, ...]:
     """Names of the splits that a protocol reads."""
     retrain = ("train800val200", "test")
     return ("train800", "val200", *retrain) if protocol == "select_then_retrain" else retrain
+
+
+def protocol_problems(protocol: Protocol, config: Config) -> Iterator[str]:
+    """A sentence if an epoch is to be selected and only the last one is evaluated."""
+    if protocol != "last" and config.trainer.eval_every == "end":
+        yield (
+            f"task.protocol={protocol} selects an epoch, and trainer.eval_every=end evaluates only the last one; "
+            "give trainer.eval_every=epoch, or task.protocol=last"
+        )
 
 
 def phases(protocol: Protocol, splits: Mapping[str, Any]) -> list[Phase]:

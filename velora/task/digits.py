@@ -8,10 +8,11 @@ Shapes: n images, S x S pixels after resizing.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from velora.group import Head, Task, TaskData
-from velora.task._protocol import PROTOCOLS, Protocol, splits_of
+from velora.task._protocol import PROTOCOLS, Protocol, protocol_problems, splits_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,10 @@ class Digits(Task):
 
     kind: Literal["digits"]
     protocol: Protocol
+
+    def problems(self, config: Config) -> Iterator[str]:
+        yield from super().problems(config)
+        yield from protocol_problems(self.protocol, config)
 
     def head(self, config: Config) -> Head:
         return Head("image_classification", num_labels=NUM_CLASSES)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from velora.errors import ConfigError
 from velora.group import Head, Task, TaskData
-from velora.task._protocol import PROTOCOLS, Protocol, splits_of
+from velora.task._lists import count_classes, describe_list, doubts, read_list
+from velora.task._protocol import PROTOCOLS, Protocol, protocol_problems, splits_of
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -36,6 +36,12 @@ class VTAB(Task):
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
+        yield from protocol_problems(self.protocol, config)
+        if not self.hub.partition(":")[0] or not self.hub.partition(":")[2]:
+            yield f"task.hub={self.hub} is not <dataset repository>:<zip file>"
+        if not self.folder or Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            yield f"task.folder={self.folder!r} is not the name of a folder below data.root/vtab"
+            return
         if config.data.root is not None and config.data.root.is_dir() and not self._folder(config.data.root).is_dir():
             vtab = config.data.root / "vtab"
             present = sorted(p.name for p in vtab.iterdir() if p.is_dir()) if vtab.is_dir() else []
@@ -54,15 +60,18 @@ class VTAB(Task):
         return image_batch_shapes(batch_size, config.model.image_size)  # type: ignore[attr-defined]
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
-        from velora.task._images import describe_list, image_split, image_task_data, read_list
+        from velora.task._images import image_split, image_task_data
+        from velora.task._text import note
 
         folder = self._folder(config.data.root) if config.data.root is not None else self._download()
         num_classes = self._num_classes(folder)
-        splits, files = {}, {}
-        for name in splits_of(self.protocol):
-            listed = read_list(folder / f"{name}.txt", num_classes)
-            files[f"{name}.txt"] = describe_list(folder / f"{name}.txt", listed)
-            splits[name] = image_split(listed, preprocessor, self.keep_decoded)
+        lists = {name: read_list(folder / f"{name}.txt", num_classes) for name in splits_of(self.protocol)}
+        notes = list(doubts(lists, num_classes))
+        if num_classes != self.num_classes:
+            notes.append(f"the {num_classes} classes of classes.txt count, not task.num_classes={self.num_classes}")
+        for text in notes:
+            note(f"{folder}: {text}")
+        splits = {name: image_split(listed, preprocessor, self.keep_decoded) for name, listed in lists.items()}
         about = {
             "source": str(folder) if config.data.root is not None else self.hub,
             "folder": self.folder,
@@ -71,7 +80,8 @@ class VTAB(Task):
             "official_num_classes": self.num_classes,
             "protocol": self.protocol,
             "protocol_means": PROTOCOLS[self.protocol],
-            "split_files": files,
+            "split_files": {f"{n}.txt": describe_list(folder / f"{n}.txt", listed) for n, listed in lists.items()},
+            "notes": notes,
             "preprocessing": preprocessor.describe(),
         }
         return image_task_data(self.protocol, splits, preprocessor, about)
@@ -84,10 +94,7 @@ class VTAB(Task):
         file = None if folder is None else folder / "classes.txt"
         if file is None or not file.is_file():
             return self.num_classes
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not lines:
-            raise ConfigError(f"{file} is empty: it must hold one line per class, <label> <name>")
-        return len(lines)
+        return count_classes(file)
 
     def _download(self) -> Path:
         """The task's folder out of the hub's archive, unpacked once beside it."""
