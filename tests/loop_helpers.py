@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,16 @@ FAMILIES = {"llama": LLAMA, "roberta": ROBERTA, "vit": VIT}
 SHORT = ["trainer.num_epochs=null", "trainer.max_steps=4", "trainer.batch_size=8", "trainer.log_every=1", "trainer.eval_every=end",
          "trainer.save_every=end", "trainer.learning_rate=1e-3", "trainer.warmup_ratio=0", "trainer.warmup_steps=0",
          "trainer.schedule=constant", "trainer.min_lr_ratio=0", "trainer.measure_memory=false", "wandb.mode=disabled"]  # fmt: skip
+
+
+def write_texts(root: Path, num_train: int = 64, num_validation: int = 8) -> Path:
+    """A folder `short` below `root` for task=c4: texts of different length, so that micro-batches have different weights."""
+    (root / "short").mkdir(parents=True, exist_ok=True)
+    draw = random.Random(1)
+    for side, number in (("train", num_train), ("validation", num_validation)):
+        documents = [{"text": "word " * draw.randint(1, 6)} for _ in range(number)]
+        (root / "short" / f"{side}.json").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    return root
 
 
 def config_of(folder: Path, *overrides: str) -> Config:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loop_helpers import FAMILIES, LLAMA, ROBERTA, VIT, config_of, lines_of, steps_of, train
+from loop_helpers import FAMILIES, LLAMA, ROBERTA, VIT, config_of, lines_of, steps_of, train, write_texts
 
 from velora import train as loop
 from velora.arguments import training_arguments, use_one_device
@@ -56,12 +56,7 @@ def regression(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def families(regression, tmp_path_factory) -> dict[str, list[str]]:
     """Every family and every head; `padded` has texts of different length, so that micro-batches have different weights."""
-    root = tmp_path_factory.mktemp("text")
-    (root / "short").mkdir()
-    draw = random.Random(1)
-    for side, number in (("train", 64), ("validation", 8)):
-        documents = [{"text": "word " * draw.randint(1, 6)} for _ in range(number)]
-        (root / "short" / f"{side}.json").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    root = write_texts(tmp_path_factory.mktemp("text"))
     padded = [*LLAMA[1:], "task=c4", "task.folder=short", "task.shuffle_buffer=4", f"data.root={root}"]
     return {**FAMILIES, "padded": padded, "regression": regression}
 
