@@ -33,8 +33,8 @@ def _table(folder: Path) -> str:
     order = {
         word: index for index, word in enumerate(records[0]["command"].replace(",", " ").replace("=", " ").split())
     }
-    several_models = len({_model(record) for record in records}) > 1
-    records.sort(key=lambda record: [order.get(word, len(order)) for word in (_experiment(record), _model(record))])
+    several_models = len({record["model"] for record in records}) > 1
+    records.sort(key=lambda record: [order.get(word, len(order)) for word in (_experiment(record), record["model"])])
     heads = [
         "",
         "batch",
@@ -56,10 +56,6 @@ def _experiment(record: dict[str, Any]) -> str:
     return experiment["name"] if experiment else record["method"]
 
 
-def _model(record: dict[str, Any]) -> str:
-    return record["config"]["model"]["name"]
-
-
 def _row(record: dict[str, Any], with_model: bool) -> list[str]:
     estimate, trainer = record["estimate"], record["config"]["trainer"]
     terms = dict(estimate["peak_terms_bytes"])
@@ -67,7 +63,7 @@ def _row(record: dict[str, Any], with_model: bool) -> list[str]:
     figures = [estimate["peak_bytes"], *(terms[term] for term in TERMS), estimate["saved_for_backward_bytes"]]
     printed = record["paper"].get("memory_gb")
     label = _experiment(record) if record["config"].get("experiment") else record["name"]
-    label += f" {_model(record)}" if with_model else ""
+    label += f" {record['model']}" if with_model else ""
     precision = f"{trainer['precision']}, weights {record['config']['weights'].get('dtype')}"
     quantised = record["config"]["weights"].get("quant_type")
     precision += f" and {quantised}" if quantised else ""
