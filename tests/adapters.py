@@ -26,7 +26,10 @@ def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Any:
 
 
 def lora(**changes: Any) -> LoRA:
-    keys = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": ["value", "down"], "init": "default", "also_train": []}
+    keys = {
+        "rank": 4, "alpha": 8.0, "scaling": "alpha_over_rank", "dropout": 0.0, "targets": ["value", "down"],
+        "init": "default", "also_train": [],
+    }  # fmt: skip
     return LoRA(kind="lora", **(keys | changes))
 
 

@@ -17,6 +17,7 @@ from velora.apply import velora_layers
 ADAPTERS = {
     "linear_probe": (lambda: LinearProbe(kind="linear_probe"), []),
     "lora": (lambda: adapters.lora(dropout=0.1), ["value", "down"]),
+    "lora_and_embedding": (lambda: adapters.lora(also_train=["word_embeddings"]), ["value", "down"]),
     "ssf": (adapters.ssf, ["value", "up"]),
     "hydra": (lambda: adapters.hydra(dropout=0.1), ["output", "down"]),
 }

@@ -25,7 +25,7 @@ SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
 KEYS = {
     "kind": "vit", "name": "vit_tiny", "path": None, "pretrained": False, "roles": None,
     "timm_name": "vit_tiny_patch16_224.augreg_in21k", "image_size": 16, "drop_path": 0.0, "normalization": "timm",
-    "overrides": SMALL,
+    "split_qkv": False, "overrides": SMALL,
 }  # fmt: skip
 
 

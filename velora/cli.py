@@ -188,6 +188,9 @@ def _sentence(error: Exception) -> str:
         shipped = conf_dir() / group
         known = {str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")}
         return unknown_value(group, value, sorted(known | ({*listed} if "/" not in value else set())))
+    if column := re.search(r"'experiment\.settings\.([^']+)\.\w+' not found", text):
+        experiment = error.parent_node._get_root().experiment  # type: ignore[attr-defined]
+        return f"experiment={experiment.name} has no settings for {column[1]}; it has {', '.join(experiment.settings)}"
     if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return f"{mandatory.group(1)} has no value; give {mandatory.group(1)}=..."
     if unknown := re.search(r"Could not override '([\w./@-]+)'", text) or re.search(r"full_key: ([\w.]+)", str(error)):

@@ -78,16 +78,23 @@ class WandbConfig(Section):
 
 
 class ExperimentConfig(Section):
-    """Which row of which table of the paper a run reproduces.
+    """Which row of which table of the paper a run reproduces, and how far it is the published one.
 
-    `paper` holds the printed figures under the names of result.json, by task ("glue/sst2") or task and model ("c4 llama_60m").
+    `published`: the settings that a source prints, and the source. `inferred`: those that were chosen because something printed
+    points to them. `unknown`: those that nobody printed. `paper` holds the printed figures under the names of result.json, by
+    task ("glue/sst2") or task and model ("c4 llama_60m"). `settings` holds what differs from column to column, by the name
+    of the task or the model; the experiment's keys refer to it: `rank: ${experiment.settings.${model.name}.rank}`.
     """
 
     name: str
     table: str | None = None
     row: str | None = None
-    paper: dict[str, dict[str, float]] = {}
+    published: str | None = None
+    inferred: str | None = None
+    unknown: str | None = None
     note: str | None = None
+    settings: dict[str, dict[str, Any]] = {}
+    paper: dict[str, dict[str, float]] = {}
 
 
 class TrainerConfig(Section):

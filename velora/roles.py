@@ -39,6 +39,10 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
         "value": ("attention.self.value_proj",), "output": ("attention.output.dense",),
         "up": ("intermediate.dense",), "down": ("layer.*[0-9].output.dense",),
     },
+    "timm_vit_split": {  # model.split_qkv: velora/nn/split_qkv.py
+        "query": ("attn.qkv.query",), "key": ("attn.qkv.key",), "value": ("attn.qkv.value",), "output": ("attn.proj",),
+        "up": ("mlp.fc1",), "down": ("mlp.fc2",),
+    },
     "timm_vit": {  # one fused layer computes query, key and value
         "query": ("attn.qkv",), "key": ("attn.qkv",), "value": ("attn.qkv",), "output": ("attn.proj",),
         "up": ("mlp.fc1",), "down": ("mlp.fc2",),

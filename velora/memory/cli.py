@@ -159,10 +159,15 @@ def _compare(found: list[Explanation], folder: Path | None) -> None:
 
 def _labels(found: list[Explanation]) -> list[str]:
     """Names of methods; where these repeat, what tells the configurations apart."""
+
+    def experiment(e: Explanation) -> str:
+        return (e.config.experiment.name if e.config.experiment else e.config.name).rpartition("/")[2]
+
     for name in (
         lambda e: e.config.method.name,
         lambda e: f"{e.config.model.name} {e.config.method.name}",
-        lambda e: (e.config.experiment.name if e.config.experiment else e.config.name).rpartition("/")[2],
+        experiment,
+        lambda e: f"{e.config.model.name} {experiment(e)}",
         lambda e: e.config.name,
     ):
         labels = [name(e) for e in found]

@@ -33,7 +33,8 @@ def _table(folder: Path) -> str:
     order = {
         word: index for index, word in enumerate(records[0]["command"].replace(",", " ").replace("=", " ").split())
     }
-    records.sort(key=lambda record: order.get(_experiment(record), len(order)))
+    several_models = len({record["model"] for record in records}) > 1
+    records.sort(key=lambda record: [order.get(word, len(order)) for word in (_experiment(record), record["model"])])
     heads = [
         "",
         "batch",
@@ -43,7 +44,7 @@ def _table(folder: Path) -> str:
         "saved for backward GB",
         "paper GB",
     ]
-    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *(_row(record) for record in records)]
+    rows = [heads, ["---"] + ["---:"] * (len(heads) - 1), *(_row(record, several_models) for record in records)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     charts = [f"![{path.stem}]({folder.name}/{path.name})" for path in sorted(folder.glob("*.png"))]
     command = records[0]["command"]
@@ -55,13 +56,14 @@ def _experiment(record: dict[str, Any]) -> str:
     return experiment["name"] if experiment else record["method"]
 
 
-def _row(record: dict[str, Any]) -> list[str]:
+def _row(record: dict[str, Any], with_model: bool) -> list[str]:
     estimate, trainer = record["estimate"], record["config"]["trainer"]
     terms = dict(estimate["peak_terms_bytes"])
     terms["transient"] += terms.pop("batch")
     figures = [estimate["peak_bytes"], *(terms[term] for term in TERMS), estimate["saved_for_backward_bytes"]]
     printed = record["paper"].get("memory_gb")
     label = _experiment(record) if record["config"].get("experiment") else record["name"]
+    label += f" {record['model']}" if with_model else ""
     precision = f"{trainer['precision']}, weights {record['config']['weights'].get('dtype')}"
     quantised = record["config"]["weights"].get("quant_type")
     precision += f" and {quantised}" if quantised else ""

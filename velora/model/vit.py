@@ -31,7 +31,8 @@ class ViT(Model):
     architecture (embed_dim, depth, num_heads, patch_size). `path`: weights from a local file instead, .safetensors
     (timm's names, or a network saved by this program, or a folder with model.safetensors) or the original .npz.
     `normalization`: "timm" is what the weights were trained with; "imagenet" what several VTAB-1k repositories
-    feed all the same; "none" leaves the pixels in 0..1.
+    feed all the same; "none" leaves the pixels in 0..1. `split_qkv`: query, key and value as three layers in place of timm's
+    one, with the same result up to rounding and the same saved weights; see velora/nn/split_qkv.py.
     """
 
     kind: Literal["vit"]
@@ -39,6 +40,7 @@ class ViT(Model):
     image_size: PositiveInt
     drop_path: float = Field(ge=0, lt=1)
     normalization: Literal["timm", "imagenet", "none"]
+    split_qkv: bool
     overrides: dict[str, Any]
 
     def modalities(self) -> tuple[Modality, ...]:
@@ -73,10 +75,17 @@ class ViT(Model):
         return ImageTransform(self.image_size, found["interpolation"], tuple(mean), tuple(std))
 
     def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
+        from velora.nn.image_classifier import ImageClassifier
+        from velora.nn.split_qkv import split_qkv
+
+        vit = self._build_timm(head, config)
+        if self.split_qkv:
+            split_qkv(vit)
+        return ImageClassifier(vit)
+
+    def _build_timm(self, head: Head, config: Config) -> nn.Module:
         import timm
         from transformers import set_seed
-
-        from velora.nn.image_classifier import ImageClassifier
 
         self._check_name()
         set_seed(config.seed)
@@ -88,12 +97,12 @@ class ViT(Model):
             )  # fmt: skip
 
         if not self.pretrained:
-            return ImageClassifier(create(False))
-        if self.path is not None:
-            vit = create(False)
-            self._load_file(vit)
-            return ImageClassifier(vit)
-        return ImageClassifier(self._from_hub(lambda: create(True)))
+            return create(False)
+        if self.path is None:
+            return self._from_hub(lambda: create(True))
+        vit = create(False)
+        self._load_file(vit)
+        return vit
 
     def _from_hub(self, function: Callable[[], Any]) -> Any:
         from velora.hub import load
