@@ -132,10 +132,10 @@ def test_the_newest_whole_one_is_used_and_newer_ones_are_named(tmp_path):
     (tmp_path / "checkpoint-9" / "optimizer.pt").write_bytes(b"")
     found, damaged = newest_whole(tmp_path)
     assert found == tmp_path / "checkpoint-6"
-    assert [step in sentence for step, sentence in zip(("checkpoint-12", "optimizer.pt"), damaged, strict=True)] == [
-        True
-    ] * 2
-    assert newest_whole(tmp_path / "absent") == (None, [])
+    assert list(damaged) == [tmp_path / "checkpoint-12", tmp_path / "checkpoint-9"]
+    assert "no manifest.json" in damaged[tmp_path / "checkpoint-12"]
+    assert "optimizer.pt has 0 bytes" in damaged[tmp_path / "checkpoint-9"]
+    assert newest_whole(tmp_path / "absent") == (None, {})
 
 
 def test_rotation_goes_by_the_step_whatever_the_clock_says(tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from velora.checkpoints import write_manifest
+from velora.config import _Run, parse
 from velora.errors import ConfigError
 from velora.identity import differing_keys
 from velora.record import Run, git_state, versions
@@ -164,3 +165,37 @@ def test_keys_that_make_another_run(key):
     a, b = ({group: {inner: n} if inner else n} for n in (1, 2))
     assert differing_keys(a, b) == {key}
     assert differing_keys(a, {}) == {key}
+
+
+RUN = {"name": "a", "seed": 0, "runs_dir": "runs", "resume": "auto", "overwrite": False}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        (
+            "name",
+            "a" * 300,
+            f"name={'a' * 40}...: a part of it has 300 bytes, and a file system takes 255; give a shorter name",
+        ),
+        ("name", "x/" + "ä" * 128, "a part of it has 256 bytes"),
+        ("name", "a/../b", "name=a/../b leaves runs_dir"),
+        ("name", "a\x1b[31mb", r"name='a\x1b[31mb' holds a character that cannot be printed"),
+        ("name", "a/seed0", "name=a/seed0: seed0 would lie inside the folder of another run"),
+        ("seed", 99999999999, "seed=99999999999 is not valid: input should be less than or equal to 4294967295"),
+        ("seed", -1, "seed=-1 is not valid"),
+        ("seed", True, "seed=True is not valid: input should be a valid integer"),
+        ("seed", 1.0, "seed=1.0 is not valid: input should be a valid integer"),
+    ],
+)
+def test_names_and_seeds_that_cannot_be(key, value, sentence):
+    with pytest.raises(ConfigError) as refused:
+        parse(_Run, {**RUN, key: value}, "")
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "ä" * 127 + "/" + "b" * 255), ("name", "seeds/seed_0"), ("seed", 2**32 - 1)]
+)
+def test_names_and_seeds_at_their_limits(key, value):
+    assert getattr(parse(_Run, {**RUN, key: value}, ""), key) == value

@@ -78,12 +78,23 @@ def test_required_resume_refuses_a_checksum_that_differs(tmp_path):
 
 
 def test_required_resume_goes_on_from_a_whole_one(tmp_path):
+    """Also where the process was killed while it wrote the next one, in this phase or in one that has none yet."""
     run = started(tmp_path)
     checkpoint(run, 5, "select")
+    checkpoint(run, 10, "select", manifest=False)
+    checkpoint(run, 2, "train", manifest=False)
     released(run)
     again = Run(config(tmp_path, resume="required"))
     assert again.last_checkpoint("select") == run.folder / "select" / "checkpoint-5"
     assert again.last_checkpoint("train") is None
+
+
+def test_required_resume_of_a_run_without_a_finished_checkpoint(tmp_path):
+    run = started(tmp_path)
+    checkpoint(run, 5, manifest=False)
+    released(run)
+    with pytest.raises(ConfigError, match="holds no checkpoint to continue from"):
+        Run(config(tmp_path, resume="required"))
 
 
 @pytest.mark.parametrize("changes", [{"overwrite": True}, {"resume": "never"}])
@@ -372,6 +383,15 @@ def test_what_changed_while_the_lock_was_awaited_is_seen(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_take_folder", late)
     with pytest.raises(ConfigError, match="another configuration"):
         Run(config(tmp_path))
+
+
+def test_only_rank_0_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run = started(tmp_path)
+    run.rewind_metrics("train", 0)
+    run.seal(3)
+    assert run.finish("ok", None, {})["status"] == "ok"
+    assert not run.folder.exists()
 
 
 # Disks

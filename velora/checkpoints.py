@@ -63,13 +63,18 @@ def write_manifest(checkpoint: Path) -> None:
     write_whole(checkpoint / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end, whatever happened to it later. What a kill leaves has none."""
+    return (checkpoint / MANIFEST).is_file()
+
+
 def damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
     """A sentence on what is wrong with a checkpoint, or None if it is whole.
 
     `checksums=False` compares names and sizes only, which takes no time; files that the manifest does not name do not count.
     """
     try:
-        if not (checkpoint / MANIFEST).is_file():
+        if not has_manifest(checkpoint):
             return (
                 f"{checkpoint} has no {MANIFEST}: it was not written to its end, or by an earlier version, so it is not "
                 "known to be whole"
@@ -98,14 +103,14 @@ def damage(checkpoint: Path, *, checksums: bool = True) -> str | None:
     return None
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of one phase (None: there is none), and a sentence on each newer one that is damaged."""
-    damaged: list[str] = []
+def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint of one phase (None: there is none), and for each newer one a sentence on its damage."""
+    damaged: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints(folder)):
         sentence = damage(checkpoint)
         if sentence is None:
             return checkpoint, damaged
-        damaged.append(sentence)
+        damaged[checkpoint] = sentence
     return None, damaged
 
 
@@ -115,7 +120,7 @@ def rotate(folder: Path, step: int, keep: int = 2) -> None:
     The order is that of the steps, whatever the clock says, and the one just saved is never removed. What has no manifest is
     not ours, and what is newer than `step` (a damaged one, which the run will write again) is left alone.
     """
-    ours = [p for p in checkpoints(folder) if (p / MANIFEST).is_file() and not p.is_symlink()]
+    ours = [p for p in checkpoints(folder) if has_manifest(p) and not p.is_symlink()]
     older = [path for path in ours if (step_of(path) or 0) < step]
     for path in older[: max(0, len(older) - (keep - 1))]:
         remove(path)

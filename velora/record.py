@@ -70,16 +70,18 @@ class Run:
     def last_checkpoint(self, phase: str = "") -> Path | None:
         """The newest whole checkpoint of a phase, or None; reads all of it to be sure.
 
-        A damaged newer one is said and passed over; with `resume=required` it is a ConfigError.
+        A newer one that is damaged, or that was not written to its end, is said and passed over. With `resume=required` a
+        damaged one is a ConfigError; an unfinished one is what every kill may leave, and is passed over as well.
         """
         if self._replaces:
             return None
         found, damaged = checkpoints.newest_whole(self.folder / phase)
-        if damaged and self.config.resume == "required":
-            raise ConfigError(self._required(damaged[0]))
+        for path, sentence in damaged.items():
+            if self.config.resume == "required" and checkpoints.has_manifest(path):
+                raise ConfigError(self._required(sentence))
         if damaged and self.writes:
             instead = f"{found} is used in its place" if found else "there is no whole one, so training starts again"
-            print(f"{'; '.join(damaged)}; {instead}")
+            print(f"{'; '.join(damaged.values())}; {instead}")
         return found
 
     def has_checkpoint(self) -> bool:
@@ -223,8 +225,9 @@ class Run:
 
     def _earlier_config(self) -> dict[str, Any] | None:
         """config.yaml of the run that the folder holds; None if it holds none and nothing that we would take for one."""
+        found = sorted(p.name for p in self.folder.iterdir()) if self.folder.is_dir() else []
         file = self.folder / "config.yaml"
-        if file.exists():
+        if file.exists():  # looked for after the listing: rank 0 may write it meanwhile
             try:
                 return read_config(file)
             except ValueError as error:
@@ -232,23 +235,21 @@ class Run:
                     f"{file} is no configuration of velora-train ({error}), so this folder is neither continued nor "
                     "emptied; give another name=..., or move the folder away"
                 ) from None
-        if not self.folder.is_dir():
-            return None
-        found = sorted(p.name for p in self.folder.iterdir() if p.name not in (".lock", "config.yaml.part"))
-        if not self._replaces:
-            found = [
-                n for n in found if n in ("metrics.jsonl", "result.json") or checkpoints.step_of(Path(n)) is not None
-            ]
-        if found:
+        if self._replaces:
+            foreign = [n for n in found if n not in (".lock", "config.yaml.part")]
+        else:
+            run = ("metrics.jsonl", "result.json")
+            foreign = [n for n in found if n in run or checkpoints.step_of(Path(n)) is not None]
+        if foreign:
             raise ConfigError(
-                f"{self.folder} holds {', '.join(found[:3])} but no config.yaml of velora-train, so it is neither "
+                f"{self.folder} holds {', '.join(foreign[:3])} but no config.yaml of velora-train, so it is neither "
                 "continued nor emptied; give another name=..., or move the folder away"
             )
         return None
 
     def _refuse_obstacles(self) -> None:
         """Where the run will write files there are no folders, and no files where it will write checkpoints."""
-        files = [self.folder / name for name in ("config.yaml", "metrics.jsonl", "result.json")]
+        files = [self.metrics_file, self.folder / "result.json"]
         found = [(path, "folder") for path in files if path.exists() and not path.is_file()]
         entries = [*self.folder.glob("checkpoint-*"), *self.folder.glob("*/checkpoint-*")]
         found += [(p, "file") for p in entries if checkpoints.step_of(p) is not None and not p.is_dir()]
@@ -273,9 +274,10 @@ class Run:
 
     def _refuse_start(self) -> None:
         """For `resume=required`: there is a checkpoint, and the newest of each phase is not plainly damaged."""
-        newest = {path.parent: path for path in self._checkpoints()}  # in the order of the steps: the last one stays
-        if self.config.overwrite or not newest:
+        written = [path for path in self._checkpoints() if checkpoints.has_manifest(path)]
+        if self.config.overwrite or not written:
             raise ConfigError(f"resume=required: {self.folder} holds no checkpoint to continue from; use resume=auto")
+        newest = {path.parent: path for path in written}  # they come in the order of their steps: the last one stays
         for path in newest.values():
             if sentence := checkpoints.damage(path, checksums=False):
                 raise ConfigError(self._required(sentence))
@@ -292,7 +294,7 @@ class Run:
         try:
             return read_result(file)
         except ValueError as error:
-            if self.config.overwrite:
+            if self.config.overwrite or not file.exists():  # rank 0 removes that of an earlier attempt
                 return None
             raise ConfigError(
                 f"{file} is no record of velora-train ({error}); move it away to continue the run, or give overwrite=true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ def read_records(folder: Path) -> tuple[list[Record], list[Fault]]:
     missing in the curve.
     """
     records, faults = [], []
-    for path in sorted(folder.rglob("result.json")):
+    found = [
+        Path(place, "result.json") for place, folders, files in os.walk(folder) if "result.json" in folders + files
+    ]
+    for path in sorted(found):  # folders and dangling links of this name too: they are named, not passed over
         try:
             values = read_result(path).model_dump()
         except ValueError as error:

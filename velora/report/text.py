@@ -19,8 +19,9 @@ def for_markdown(text: str) -> str:
 
 
 def for_figure(text: str) -> str:
-    """A label for matplotlib: no mathematics begins in it, and none is hidden for its leading underscore."""
-    text = for_terminal(text).replace("$", r"\$")
+    """A label for matplotlib: no mathematics begins in it, none is hidden for its leading underscore, none fills the figure."""
+    text = for_terminal(text)
+    text = (text if len(text) <= 80 else text[:79] + "…").replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
