@@ -345,6 +345,16 @@ def test_a_finished_run_stays_finished_when_a_later_process_is_refused(tmp_path)
     assert Run(config(tmp_path)).is_finished()
 
 
+def test_a_finished_run_on_a_disk_that_cannot_be_written(tmp_path, monkeypatch):
+    finished(tmp_path)
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", failing)
+    assert Run(config(tmp_path)).is_finished()
+
+
 def test_only_one_of_two_processes_may_write(tmp_path):
     """Across processes: the lock is held by a living one, and gone with it."""
     run = started(tmp_path)

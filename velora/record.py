@@ -53,11 +53,11 @@ class Run:
         self._lock: IO[str] | None = None
         with self._at_the_start():
             self._refuse()
-            if self.writes:
+            if self.writes and not self.is_finished():
                 self._take_folder()
                 self._refuse()  # again, for another process may have written until we had the lock
-                if self.is_finished():
-                    self._remove_checkpoints()  # it was stopped between its record and this
+            if self.writes and self.is_finished():
+                self._remove_checkpoints()  # it was stopped between its record and this
 
     @property
     def metrics_file(self) -> Path:
