@@ -79,7 +79,7 @@ def test_misspelt_key_in_a_file(cli):
 def test_output_folder_that_cannot_be_written(cli):
     (cli.folder / "file").write_text("")
     done = cli("runs_dir=file/runs")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "runs_dir=file/runs" in done.stderr
     assert "Traceback" not in done.stderr
 

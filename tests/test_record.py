@@ -9,7 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from velora.errors import ConfigError, RunError
+from velora.checkpoints import write_manifest
+from velora.config import _Run, parse
+from velora.errors import ConfigError
+from velora.identity import differing_keys
 from velora.record import Run, git_state, versions
 
 
@@ -19,6 +22,7 @@ def config(folder: Path, **changes):
         "seed": 0,
         "trainer": {"max_steps": 3, "device": "auto"},
         "model": {"name": "m"},
+        "task": {"name": "t"},
         **changes.pop("raw", {}),
     }
     values = {
@@ -45,6 +49,22 @@ def test_same_configuration_may_continue(tmp_path):
         config(tmp_path, raw={"trainer": {"max_steps": 3, "device": "cpu"}})
     )  # where it is computed does not count
     assert not run.is_finished()
+
+
+def checkpoint(run: Run, step: int, phase: str = "", manifest: bool = True) -> Path:
+    folder = run.folder / phase / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text("{}")
+    if manifest:
+        write_manifest(folder)
+    return folder
+
+
+def finished(folder: Path, **changes) -> Run:
+    run = started(folder, **changes)
+    run.finish("ok", None, {"metrics": {"accuracy": 0.5}})
+    released(run)
+    return run
 
 
 def test_another_configuration_is_refused_and_the_old_one_stays(tmp_path):
@@ -86,7 +106,7 @@ def test_resume_required_without_a_run(tmp_path):
 
 def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=r"runs_dir=.*cannot be written \(Not a directory\)"):
         Run(config(tmp_path))
 
 
@@ -113,18 +133,69 @@ def test_metrics_rewind_to_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 9]
 
 
-def test_newest_complete_checkpoint(tmp_path):
-    run = Run(config(tmp_path))
-    assert run.last_checkpoint() is None
-    for step, complete in ((5, True), (10, True), (15, False)):
-        folder = run.folder / f"checkpoint-{step}"
-        folder.mkdir()
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    assert run.last_checkpoint().name == "checkpoint-10"
-
-
 def test_versions_and_commit():
     assert {"python", "torch", "transformers", "velora"} <= set(versions())
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert git_state()["commit"] == (head.stdout.strip() or None)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "experiment.paper.c4.perplexity", "experiment.note", "experiment.published", "experiment.inferred.lr",
+        "experiment.unknown", "data.root", "wandb.mode", "trainer.device", "trainer.save_every", "trainer.log_every",
+        "trainer.save_model", "trainer.measure_memory", "resume", "overwrite", "runs_dir", "name",
+    ],
+)  # fmt: skip
+def test_keys_that_do_not_make_another_run(key):
+    def raw(value):
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        return value
+
+    assert differing_keys(raw(1), raw(2)) == set()
+    assert differing_keys(raw(1), {}) == set()
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "trainer.num_workers", "trainer.max_steps", "experiment.name", "task.path", "data.split"]
+)
+def test_keys_that_make_another_run(key):
+    group, _, inner = key.partition(".")
+    a, b = ({group: {inner: n} if inner else n} for n in (1, 2))
+    assert differing_keys(a, b) == {key}
+    assert differing_keys(a, {}) == {key}
+
+
+RUN = {"name": "a", "seed": 0, "runs_dir": "runs", "resume": "auto", "overwrite": False}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        (
+            "name",
+            "a" * 300,
+            f"name={'a' * 40}...: a part of it has 300 bytes, and a file system takes 255; give a shorter name",
+        ),
+        ("name", "x/" + "ä" * 128, "a part of it has 256 bytes"),
+        ("name", "a/../b", "name=a/../b leaves runs_dir"),
+        ("name", "a\x1b[31mb", r"name='a\x1b[31mb' holds a character that cannot be printed"),
+        ("name", "a/seed0", "name=a/seed0: seed0 would lie inside the folder of another run"),
+        ("seed", 99999999999, "seed=99999999999 is not valid: input should be less than or equal to 4294967295"),
+        ("seed", -1, "seed=-1 is not valid"),
+        ("seed", True, "seed=True is not valid: input should be a valid integer"),
+        ("seed", 1.0, "seed=1.0 is not valid: input should be a valid integer"),
+    ],
+)
+def test_names_and_seeds_that_cannot_be(key, value, sentence):
+    with pytest.raises(ConfigError) as refused:
+        parse(_Run, {**RUN, key: value}, "")
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name", "ä" * 127 + "/" + "b" * 255), ("name", "seeds/seed_0"), ("seed", 2**32 - 1)]
+)
+def test_names_and_seeds_at_their_limits(key, value):
+    assert getattr(parse(_Run, {**RUN, key: value}, ""), key) == value

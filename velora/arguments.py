@@ -40,7 +40,6 @@ def training_arguments(config: Config, folder: Path, eval_every: int | float | s
         dataloader_pin_memory=not on_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
-        save_total_limit=2,
         seed=config.seed,
         data_seed=config.seed,
         disable_tqdm=False,

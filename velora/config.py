@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -191,12 +192,22 @@ class _Run(Section):
 
     @field_validator("name")
     @classmethod
-    def _stays_below_runs_dir(cls, name: str) -> str:
-        if ".." in name.split("/"):
-            raise ValueError(f"name={name} leaves runs_dir; give a name without ..")
+    def _is_a_folder_below_runs_dir(cls, name: str) -> str:
+        for part in name.split("/"):
+            if part == "..":
+                raise ValueError(f"name={name} leaves runs_dir; give a name without ..")
+            if len(part.encode()) > 255:
+                raise ValueError(
+                    f"name={name[:40]}...: a part of it has {len(part.encode())} bytes, and a file system takes 255; "
+                    "give a shorter name"
+                )
+            if not part.isprintable():
+                raise ValueError(f"name={part!r} holds a character that cannot be printed; give a name without it")
+            if re.fullmatch(r"seed[0-9]+", part):
+                raise ValueError(f"name={name}: {part} would lie inside the folder of another run; give another name")
         return name
 
-    seed: NonNegativeInt
+    seed: int = Field(strict=True, ge=0, le=2**32 - 1)  # what NumPy's generator takes
     runs_dir: Path
     resume: Literal["auto", "never", "required"]
     overwrite: bool

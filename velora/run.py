@@ -66,12 +66,11 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
             _fail(run, measured, "out_of_memory", sentence)
             raise RunError(f"out of memory: {sentence}; lower trainer.micro_batch_size or see velora-memory") from None
         _fail(run, measured, "failed", f"{type(error).__name__}: {original_text(error)}")
-        (run.folder / "traceback.txt").write_text(traceback.format_exc())
+        kept = run.keep_traceback(traceback.format_exc())
         if os.environ.get("VELORA_TRACEBACK"):
             raise
-        raise RunError(
-            f"{type(error).__name__}: {original_text(error)} (the traceback is in {run.folder / 'traceback.txt'})"
-        ) from None
+        where = f" (the traceback is in {kept})" if kept else ""
+        raise RunError(f"{type(error).__name__}: {original_text(error)}{where}") from None
     record = run.finish("ok", None, vars(measured))
     if run.writes:
         _print_summary(record, run)

@@ -11,8 +11,9 @@ import contextlib
 import itertools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from velora.arguments import training_arguments
+from velora.checkpoints import non_finite_tensors, step_of
 from velora.config import Config
 from velora.errors import Diverged, Interrupted, RunError
 from velora.figures import Figures
@@ -51,21 +53,27 @@ def train_phase(
     config: Config, run: Run, data: TaskData, phase: Phase, network: nn.Module, outcome: Outcome, stop_after_epoch: float | None
 ) -> None:  # fmt: skip
     """Calibrate, train (from the last checkpoint if there is one), evaluate at the end."""
-    folder = run.folder / (phase.name if len(data.phases) > 1 else "")
+    phase_folder = phase.name if len(data.phases) > 1 else ""
+    folder = run.folder / phase_folder
     arguments = training_arguments(config, folder, "end" if phase.only_at_end else config.trainer.eval_every)
     figures = Figures(arguments.device, data.unit)
+    seal = partial(run.seal, phase=phase_folder)
     outcome.figures, outcome.device = figures, _device_name(arguments.device)
-    trainer = PhaseTrainer(config, data, phase, figures, run.writes, model=network, args=arguments)
+    trainer = PhaseTrainer(config, data, phase, figures, seal, model=network, args=arguments)
     stop, bar = StopRequest(), _Bar()
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(bar)
     trainer.add_callback(Watch(config, run, phase, trainer, stop, stop_after_epoch))
 
-    checkpoint = run.last_checkpoint(folder.name if len(data.phases) > 1 else "") if config.resume != "never" else None
-    run.rewind_metrics(phase.name, step_of(checkpoint) if checkpoint else 0)
+    checkpoint = run.last_checkpoint(phase_folder)
+    run.rewind_metrics(phase.name, (step_of(checkpoint) or 0) if checkpoint else 0)
     if checkpoint is None:
         prepare(network, trainer.first_batch(), config, figures, run)
     else:
+        if broken := non_finite_tensors(checkpoint):
+            raise Diverged(
+                f"{checkpoint} holds values that are not finite ({broken[0]} and {len(broken) - 1} more tensors)"
+            )
         figures.load(checkpoint, first_process=arguments.process_index == 0)
         if run.writes:
             print(f"continuing from {checkpoint}")
@@ -118,9 +126,15 @@ class PhaseTrainer(Trainer):
     optimizer: Any
 
     def __init__(
-        self, config: Config, data: TaskData, phase: Phase, figures: Figures, writes: bool, **arguments: Any
+        self,
+        config: Config,
+        data: TaskData,
+        phase: Phase,
+        figures: Figures,
+        seal: Callable[[int], None],
+        **arguments: Any,
     ) -> None:
-        self.config, self.data, self.figures, self.writes = config, data, figures, writes
+        self.config, self.data, self.figures, self.seal = config, data, figures, seal
         validation = phase.validation
         super().__init__(
             data_collator=data.collate,
@@ -203,7 +217,11 @@ class PhaseTrainer(Trainer):
         with self.figures.aside():
             try:
                 super()._save_checkpoint(*args, **kwargs)
-                self.figures.save(folder, self.sum_over_processes, writes=self.writes)
+                self.figures.save(folder, self.sum_over_processes, writes=self.args.process_index == 0)
+                self.accelerator.wait_for_everyone()
+                self.seal(self.state.global_step)
+            except RunError:
+                raise
             except Exception as error:  # of the file system, as OSError, torch's writer or safetensors have it
                 if not _is_about_files(error):
                     raise
@@ -347,10 +365,6 @@ def choose_scores(state: TrainerState, data: TaskData, phase: Phase) -> tuple[di
     best = max(defined, key=lambda step: (sign * by_step[step][key], -step), default=last)
     epochs = {line["step"]: line.get("epoch") for line in state.log_history}
     return by_step[last], {**by_step[best], "step": best, "epoch": epochs[best]}
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _was_skipped(optimizer: Any) -> bool:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from velora.report.records import Record
-from velora.report.text import human_bytes, human_number
+from velora.report.text import for_markdown, human_bytes, human_number
 
 _MEMORY = {
     "saved_for_backward_bytes": "saved for backward",
@@ -20,22 +20,25 @@ _MEMORY = {
 }
 
 
-def tables(records: list[Record]) -> str:
-    """All tables, and beneath them the runs that did not end well."""
+Escape = Callable[[str], str]
+
+
+def tables(records: list[Record], escape: Escape = for_markdown) -> str:
+    """All tables, and beneath them the runs that did not end well; `escape` makes foreign text fit for where they go."""
     good = [r for r in records if r["status"] == "ok"]
     parts = []
     for (task, model), group in _grouped(good, lambda r: (r["task"], r["model"])).items():
-        parts.append(f"## {task}, {model}\n\n{_table(group)}")
-    if vtab := _vtab_means(good):
+        parts.append(f"## {escape(f'{task}, {model}')}\n\n{_table(group, escape)}")
+    if vtab := _vtab_means(good, escape):
         parts.append(vtab)
     bad = [r for r in records if r["status"] != "ok"]
     if bad:
         rows = [[r["name"], str(r["seed"]), r["status"], r["error"] or ""] for r in bad]
-        parts.append("## Runs without a result\n\n" + markdown(["run", "seed", "status", "why"], rows))
+        parts.append("## Runs without a result\n\n" + markdown(["run", "seed", "status", "why"], rows, escape))
     return "\n".join(parts)
 
 
-def _table(group: list[Record]) -> str:
+def _table(group: list[Record], escape: Escape) -> str:
     score_keys = list(dict.fromkeys(k for r in group for k in r.scores))
     memory = {k: name for k, name in _MEMORY.items() if any(r["memory"].get(k) is not None for r in group)}
     speed_key = next(
@@ -57,18 +60,18 @@ def _table(group: list[Record]) -> str:
             speed = _speed(runs, speed_key)
             row.append(f"{speed / reference:.2f}" if speed and reference else human_number(speed))
         rows.append(row)
-    return markdown(head, rows)
+    return markdown(head, rows, escape)
 
 
-def _vtab_means(records: list[Record]) -> str | None:
+def _vtab_means(records: list[Record], escape: Escape) -> str | None:
     """VTAB-1k: the mean of each task group and the mean of all tasks, for each model and method."""
-    vtab = [r for r in records if r["task"].startswith("vtab/") and "accuracy" in r.scores]
+    vtab = [r for r in records if r["task"].startswith("vtab/") and r.scores.get("accuracy") is not None]
     if len({r["task"] for r in vtab}) < 2:
         return None
     rows = []
     for (model, label), runs in _grouped(vtab, lambda r: (r["model"], r.label)).items():
         by_task = {t: mean(r.scores["accuracy"] for r in g) for t, g in _grouped(runs, lambda r: r["task"]).items()}
-        groups = {r["task"]: r["config"]["task"]["group"] for r in runs}
+        groups = {r["task"]: r.group for r in runs}
         means = {}
         for name in ("natural", "specialized", "structured"):
             values = [v for t, v in by_task.items() if groups[t] == name]
@@ -83,12 +86,13 @@ def _vtab_means(records: list[Record]) -> str | None:
             ]
         )
     return "## VTAB-1k\n\n" + markdown(
-        ["model", "method", "tasks", "natural", "specialized", "structured", "mean of tasks"], rows
+        ["model", "method", "tasks", "natural", "specialized", "structured", "mean of tasks"], rows, escape
     )
 
 
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table with aligned columns, readable as plain text too."""
+def markdown(head: list[str], rows: list[list[str]], escape: Escape = for_markdown) -> str:
+    """A Markdown table with aligned columns, readable as plain text too; every cell is escaped."""
+    head, *rows = [[escape(cell) for cell in row] for row in [head, *rows]]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
