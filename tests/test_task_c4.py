@@ -207,7 +207,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"{name} is damaged after line \d+: "):
             list(documents(tmp_path / name))
     (tmp_path / "latin.json").write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin.json after line 0 is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"latin.json line 1 is not UTF-8 text: .*; save it as UTF-8$"):
         list(documents(tmp_path / "latin.json"))
 
 

@@ -234,7 +234,7 @@ def test_scores_outside_0_to_5(tmp_path: Path, score: str) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     write_rte(tmp_path)
     (tmp_path / "glue/RTE/train.tsv").write_bytes(RTE.encode() + b"\n0\t\xff\tB.\tentailment\n")
-    with pytest.raises(ConfigError, match=r"train.tsv is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"train.tsv line 2 is not UTF-8 text: .*; save it as UTF-8$"):
         load("rte", tmp_path)
 
 
