@@ -10,7 +10,7 @@ import torch
 
 from velora.group import Head
 
-WORDS = [f"w{i}" for i in range(40)]
+NO_SDPA = ("deberta", "deberta-v2", "gemma2", "gptj", "gpt_neo", "mpnet")
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
@@ -36,7 +36,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def save_tokenizer(folder: Path, *, padding: str | None = "<pad>", num_words: int = 40) -> None:
-    """Whole words w0 ... and the tokens <s> 0, <pad> 1, </s> 2, <unk> 3 as in RoBERTa; a text is <s> words </s>."""
+    """Whole words w0 ... and the tokens <s> 0, <pad> 1, </s> 2, <unk> 3 as in RoBERTa; a text is <s> words </s>.
+
+    In folder/words: beside a network's config.json transformers takes the class of its family, whatever stands there.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -48,7 +51,7 @@ def save_tokenizer(folder: Path, *, padding: str | None = "<pad>", num_words: in
     )
     PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=padding
-    ).save_pretrained(folder)
+    ).save_pretrained(folder / "words")
 
 
 def save_network(folder: Path, model_type: str, *, base: bool = False, num_labels: int = 2, **changes: Any) -> Any:
@@ -70,7 +73,7 @@ def save_network(folder: Path, model_type: str, *, base: bool = False, num_label
 
 
 def network_options(model_type: str) -> dict[str, str]:
-    return {"attn_implementation": "eager"} if model_type.startswith("deberta") else {}
+    return {"attn_implementation": "eager"} if model_type in NO_SDPA else {}
 
 
 def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, seed: int = 0, **model: Any) -> Any:
@@ -79,7 +82,12 @@ def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, s
     from velora.model.llama import Llama
     from velora.weights.dense import Dense
 
-    values = {"name": "theirs", "path": folder and str(folder), "pretrained": True, "tokenizer": str(folder)} | model
+    values = {
+        "name": "theirs",
+        "path": folder and str(folder),
+        "pretrained": True,
+        "tokenizer": f"{folder}/words",
+    } | model
     return SimpleNamespace(
         seed=seed,
         model={"encoder": Encoder, "llama": Llama}[kind](kind=kind, **values),

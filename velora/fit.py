@@ -14,7 +14,9 @@ from velora.errors import ConfigError
 if TYPE_CHECKING:
     from velora.config import Config
 
-SENTINELS = 100  # words of T5's tokenizer beyond the 32,000 that language models embed; they stand for nothing in a text
+SENTINELS = (
+    100  # words of T5's tokenizer beyond the 32,000 that language models embed; they stand for nothing in a text
+)
 
 # Networks whose positions begin at the id of the padding token + 1, so that their table holds that many texts' tokens less.
 _POSITIONS_AFTER_PADDING = (

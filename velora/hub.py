@@ -16,6 +16,7 @@ from velora.errors import ConfigError
 T = TypeVar("T")
 
 PROBE_SECONDS = 4.0
+SHOWN_CHARACTERS = 300  # of a library's message
 _FILE_ERRORS = {
     "HTTPError", "EntryNotFoundError", "SafetensorError", "UnpicklingError", "PanicException", "StrictDataclassError",
     "DatasetGenerationError",
@@ -91,13 +92,22 @@ def _reason(error: BaseException, reached: bool, local: bool) -> str | None:
     if names & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(error):
         return None
     of_files = isinstance(error, OSError | ValueError | EOFError) or names & _FILE_ERRORS
-    if not (of_files or local or type(error) is Exception):  # a plain Exception is how the tokenizers library refuses a file
+    if not (
+        of_files or local or type(error) is Exception
+    ):  # a plain Exception is how the tokenizers library refuses a file
         return None
     connection = {"ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}
     if not reached and names & connection:
         return "the hub cannot be reached from this machine, and there is no copy in its cache"
+    if "trust_remote_code" in str(error):
+        return "it wants to run code of its own, and foreign code is never run"
+    if "UnpicklingError" in names:
+        return "it is a damaged pickle, or one that holds more than weights, and such a pickle is never run"
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    if len(text) > SHOWN_CHARACTERS:
+        whole, stop, _ = text[:SHOWN_CHARACTERS].rpartition(". ")
+        text = whole if stop else f"{text[:SHOWN_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text.rstrip('.')}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

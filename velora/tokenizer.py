@@ -161,7 +161,7 @@ def _keep_special_pieces_out_of_text(tokenizer: Any) -> None:
     """
     from tokenizers import Regex, models, pre_tokenizers
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(getattr(backend, "model", None), models.Unigram):
         return
     pieces = [t for t in tokenizer.all_special_tokens if len(t) > 1 and backend.model.token_to_id(t) is not None]

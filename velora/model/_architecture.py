@@ -28,9 +28,9 @@ def configuration(architecture: dict[str, Any], special_tokens: dict[str, int | 
     from transformers import CONFIG_MAPPING
 
     declared = {key: value for key, value in architecture.items() if key != "model_type"}
-    model_type = architecture.get("model_type")
+    model_type = str(architecture.get("model_type"))
     if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING), n=1)
+        close = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(f"model.architecture.model_type={model_type} is no architecture of transformers{hint}")
     sizes = (f"model.architecture.{sentence}" for sentence in impossible_sizes(declared))
@@ -50,7 +50,11 @@ def _unknown_keys(cls: Any, model_type: str, declared: dict[str, Any]) -> Iterat
     for key in declared:
         if key not in known and not isinstance(getattr(cls, key, None), property):
             close = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"did you mean model.architecture.{close[0]}?" if close else f"{cls.__name__} of transformers lists its keys"
+            hint = (
+                f"did you mean model.architecture.{close[0]}?"
+                if close
+                else f"{cls.__name__} of transformers lists its keys"
+            )
             yield f"model.architecture.{key} is not a key of the architecture {model_type}; {hint}"
 
 

@@ -31,15 +31,16 @@ def read_network(what: str, read: Callable[[], Any], *, local: bool) -> Any:
     wrong = sorted(key for key in absent if not is_within(key, parts))
     if wrong:
         raise ConfigError(
-            f"{what} is a checkpoint of another architecture: {len(wrong)} parameters are missing "
-            f"or of another shape, {wrong[0]} among them; choose the model= that belongs to it"
+            f"{what} is a checkpoint of another architecture, or its config.json is: {len(wrong)} parameters are missing "
+            f"or of another shape, {wrong[0]} among them; choose the model= that belongs to it, or give a whole checkpoint"
         )
     unused = sorted(info["unexpected_keys"])
     own = {_of_first_block(name) for name, _ in model.named_parameters()}
     beyond = [key for key in unused if any(character.isdigit() for character in key) and _of_first_block(key) in own]
     if beyond:
         raise ConfigError(
-            f"{what}: its config.json describes fewer blocks than its weights have, {beyond[0]} has no place; give a whole checkpoint"
+            f"{what}: its config.json describes fewer blocks than its weights have, {beyond[0]} has no place; give a whole "
+            "checkpoint"
         )
     if unused:
         shown = ", ".join(unused[:SHOWN_NAMES])

@@ -127,7 +127,9 @@ class PretrainedModel(Model):
 
     def _described(self) -> dict[str, Any]:
         """Model type, positions, words and padding token of the network, as far as they are known."""
-        return _description(self._checkpoint_configuration()) if self._reads_configuration() else self.architecture or {}
+        return (
+            _description(self._checkpoint_configuration()) if self._reads_configuration() else self.architecture or {}
+        )
 
     def _network_config(self, head: Head, preprocessor: Any) -> Any:
         declared = dict(self.architecture or {})

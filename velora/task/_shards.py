@@ -73,7 +73,9 @@ def documents(shard: Path, repairs: Repairs | None = None) -> Iterator[str]:
                 whole = _LONE_SURROGATE.sub("\ufffd", text)
                 if whole != text:
                     if repairs_said and not repairs[SURROGATES]:
-                        note(f"{shard} line {number} has a lone surrogate; such characters are replaced by U+FFFD and counted")
+                        note(
+                            f"{shard} line {number} has a lone surrogate; such characters are replaced by U+FFFD and counted"
+                        )
                     repairs[SURROGATES] += 1
                 yield whole
     except GeneratorExit:  # a stream that is left at the end of the program, when the names below are gone
@@ -90,9 +92,7 @@ def count_documents(shards: Iterable[Path]) -> tuple[int, Repairs]:
     return sum(1 for shard in shards for _ in documents(shard, repairs)), repairs
 
 
-def one_pass(
-    shards: list[Path], buffer_size: int, seed: int, repairs: Repairs | None = None
-) -> Iterator[str]:
+def one_pass(shards: list[Path], buffer_size: int, seed: int, repairs: Repairs | None = None) -> Iterator[str]:
     """All documents once: the shards in an order drawn from `seed`, then shuffled through a buffer of `buffer_size`."""
     order = random.Random(seed)
     shuffled = order.sample(shards, len(shards))

@@ -161,7 +161,9 @@ class Glue(Task):
         }
         for split, number in cut.items():
             if number:
-                note(f"{number} examples of {split} are longer than task.max_length={self.max_length} tokens and are cut")
+                note(
+                    f"{number} examples of {split} are longer than task.max_length={self.max_length} tokens and are cut"
+                )
         return cut
 
     def _scores(self, logits: Any, labels: Any) -> dict[str, float]:
