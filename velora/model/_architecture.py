@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -47,6 +48,8 @@ def _unknown_keys(cls: Any, model_type: str, declared: dict[str, Any]) -> Iterat
     known = {*inspect.signature(cls.__init__).parameters, *cls.attribute_map, *_ALSO_TAKEN} - {"self", "kwargs"}
     if dataclasses.is_dataclass(cls):
         known |= {field.name for field in dataclasses.fields(cls)}
+    with contextlib.suppress(Exception):  # some classes have no default
+        known |= {name for name in vars(cls()) if not name.startswith("_")}
     for key in declared:
         if key not in known and not isinstance(getattr(cls, key, None), property):
             close = difflib.get_close_matches(key, sorted(known), n=1)

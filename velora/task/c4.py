@@ -163,7 +163,7 @@ class C4(Task):
         }
 
         def documents(side: str, number: int) -> Iterator[str]:
-            added_to = None if small else repairs[side]
+            added_to = None if small or number else repairs[side]  # a later pass finds the same again
             return _shards.one_pass(shards[side], self.shuffle_buffer, self.data_seed + number, added_to)
 
         return documents, about
