@@ -12,8 +12,8 @@ from text_helpers import stand_in
 from tiny import VOCABULARY, tiny_llama
 
 from velora.errors import ConfigError
+from velora.fit import Limits, check_vocabulary, vocabulary_size
 from velora.task import _language_model as lm
-from velora.task._text import check_vocabulary, vocabulary_size
 from velora.tokenizer import byte_tokenizer
 
 LENGTHS = (9, 5, 2, 7, 9, 3, 4)  # of seven sequences
@@ -127,14 +127,14 @@ def test_ids_beyond_the_vocabulary_become_unknown() -> None:
 
 def test_a_tokenizer_of_another_network() -> None:
     config = stand_in()
-    assert vocabulary_size(byte_tokenizer(), config) == 259
-    config.model.architecture = {"vocab_size": 200}
-    assert vocabulary_size(byte_tokenizer(), config) == 200
-    check_vocabulary(byte_tokenizer(), config, spare=59)
+    assert vocabulary_size(byte_tokenizer(), Limits()) == 259
+    limits = Limits(vocabulary=200)
+    assert vocabulary_size(byte_tokenizer(), limits) == 200
+    check_vocabulary(byte_tokenizer(), limits, config, spare=59)
     with pytest.raises(
         ConfigError, match=r"tokenizer of model=some_model has 259 words and the network embeds 200: give"
     ):
-        check_vocabulary(byte_tokenizer(), config, spare=58)
+        check_vocabulary(byte_tokenizer(), limits, config, spare=58)
 
 
 def test_packing_needs_an_end_token() -> None:

@@ -64,6 +64,23 @@ def test_predictions_that_are_all_alike() -> None:
     assert compute(["f1", "matthews_correlation"], [0, 0, 0], [0, 1, 1]) == {"f1": 0.0, "matthews_correlation": 0.0}
 
 
+@pytest.mark.parametrize(
+    ("found", "right"),
+    [
+        ([1.0, 1.0, 1.0], [0.0, 2.0, 3.0]),
+        ([0.0, 2.0, 3.0], [1.0, 1.0, 1.0]),
+        ([1.0], [2.0]),
+        ([1.0, math.nan, 3.0], [0.0, 2.0, 3.0]),
+        ([1.0, math.inf, 3.0], [0.0, 2.0, 3.0]),
+    ],
+)
+def test_a_correlation_that_is_undefined_is_not_a_number(found: list[float], right: list[float], recwarn) -> None:
+    scores = compute(["pearson", "spearman"], found, right)
+    assert list(scores) == ["pearson", "spearman"]
+    assert all(math.isnan(score) for score in scores.values())
+    assert not [w for w in recwarn if "scipy" in w.filename]
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_is_an_evaluate_metric_that_leaves_nothing_behind(name: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -118,6 +118,8 @@ def test_validation_is_the_same_every_time_and_keeps_to_its_budget(root: Path) -
     assert Counter(read(whole.phases[0].validation[""], 9)) == Counter(HELD_OUT)
     facts = whole.about["validation"]
     assert (facts["sequences"], facts["tokens"], facts["extent"]) == (5, 5 * 11, "all documents")
+    assert facts["full_length_sequences"] == 0
+    assert load(root, max_length=11).about["validation"]["full_length_sequences"] == 5
     part = load(root, eval_tokens=23)  # 11 bytes each with the end token: two are 22, the third passes 23
     assert read(part.phases[0].validation[""], 9) == read(whole.phases[0].validation[""], 3)
     assert part.about["validation"]["extent"].startswith("the first documents")
@@ -186,6 +188,11 @@ BAD_LINES = {
         r"line 2 has no field 'text': each line is an object that has; this one has 'content'$",
     ),
     "list": ("[1]", r"line 2 has no field 'text': .* this one has a list$"),
+    "digits": (
+        '{"text": "a", "n": ' + "9" * 5000 + "}",
+        r"shard.json line 2 is JSON that cannot be read: Exceeds the limit",
+    ),
+    "depth": ("[" * 200_000, r"shard.json line 2 is nested too deep for JSON to be read$"),
     "type": ('{"text": null}', r"line 2: the field 'text' is None, not a string$"),
 }
 
@@ -207,8 +214,51 @@ def test_damaged_files(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=rf"{name} is damaged after line \d+: "):
             list(documents(tmp_path / name))
     (tmp_path / "latin.json").write_bytes('{"text": "é"}'.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"latin.json after line 0 is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"latin.json line 1 is not UTF-8 text: .*; save it as UTF-8$"):
         list(documents(tmp_path / "latin.json"))
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    for name in ("a.json", "a.json.gz"):
+        content = b'\xef\xbb\xbf{"text": "caf\xc3\xa9 \xef\xbb\xbf"}\r\n{"text": "b"}'
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert list(documents(tmp_path / name)) == ["café \ufeff", "b"]  # inside a text it stays
+
+
+def test_a_lone_surrogate_is_replaced_counted_and_said_once(root: Path, capsys) -> None:
+    shard = root / "c4" / "c4-train.00001.json"
+    shard.write_text(
+        '{"text": "half \\ud83d here"}\n{"text": "whole \\ud83d\\ude00"}\n{"text": "\\udc00\\udc00"}\n{"text": " "}\n'
+    )
+    data = load(root)
+    assert data.about["repairs"] == {
+        "train": {"blank_documents_left_out": 1, "documents_with_lone_surrogates_replaced": 2},
+        "validation": {"blank_documents_left_out": 0, "documents_with_lone_surrogates_replaced": 0},
+    }
+    found = read(data.phases[0].train, 25)
+    assert {"half \ufffd here", "whole \U0001f600", "\ufffd\ufffd"} <= set(found)
+    said = capsys.readouterr().out
+    assert said.count("lone surrogate") == 1
+    assert f"note: {shard} line 1 has a lone surrogate; such characters are replaced by U+FFFD and counted" in said
+    assert "1 blank documents of train left out" in said
+
+
+def test_repairs_of_a_large_folder_are_counted_as_it_is_read(root: Path, monkeypatch) -> None:
+    monkeypatch.setattr("velora.task.c4.SMALL_BYTES", 0)
+    (root / "c4" / "c4-train.00001.json").write_text('{"text": "half \\ud83d"}\n{"text": ""}\n')
+    data = load(root)
+    assert data.about["documents"] == {"train": None, "validation": None}
+    read(data.phases[0].train, 23)
+    assert data.about["repairs"]["train"] == {
+        "blank_documents_left_out": 1,
+        "documents_with_lone_surrogates_replaced": 1,
+    }
+
+
+def test_a_directory_named_like_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "train.json").mkdir()
+    with pytest.raises(ConfigError, match=r"train.json cannot be read after line 0: Is a directory"):
+        list(documents(tmp_path / "train.json"))
 
 
 def test_missing_folder_and_shards(root: Path) -> None:

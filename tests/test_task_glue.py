@@ -198,6 +198,36 @@ def test_qqp_has_a_few_broken_rows_in_its_official_release(tmp_path: Path, capsy
         read_rows(file, LAYOUTS["qqp"])
 
 
+def test_blank_rows_are_counted_and_said(tmp_path: Path, capsys) -> None:
+    write_rte(tmp_path)
+    file = write(tmp_path, "rte", "train.tsv", RTE, "0\tA.\tB.\tentailment", "\t\t\t", "", "1\tC.\tD.\tentailment")
+    data = load("rte", tmp_path)
+    assert len(data.phases[0].train) == 2
+    assert data.about["files"]["train.tsv"]["blank_rows_left_out"] == 2
+    assert "blank_rows_left_out" not in data.about["files"]["dev.tsv"]
+    assert f"note: {file}: 2 rows that are blank or hold nothing but tabs left out" in capsys.readouterr().out
+
+
+def test_cut_texts_are_counted_and_said(tmp_path: Path, capsys) -> None:
+    """Bytes and two end tokens (one for each text of a pair)."""
+    rows = [f"{i}\t{'a' * i}\tb\tentailment" for i in range(20)]
+    write(tmp_path, "rte", "train.tsv", RTE, *rows)
+    write(tmp_path, "rte", "dev.tsv", RTE, rows[0])
+    data = load("rte", tmp_path, max_length=12)
+    assert data.about["cut_at_max_length"] == {"train": 10, "validation": 0}  # i + 1 + 2 > 12 for i = 10 ... 19
+    assert "note: 10 examples of train are longer than task.max_length=12 tokens and are cut" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "metric"), [("stsb", "pearson"), ("cola", "matthews_correlation")])
+def test_one_example_has_no_correlation(name: str, metric: str) -> None:
+    (found,) = glue(name, eval_size=1).problems(on_encoder(None))
+    assert found == (
+        f"task.eval_size=1: task=glue/{name} is scored by {metric}, and one example has no correlation; give at least 2"
+    )
+    assert not list(glue(name, eval_size=2).problems(on_encoder(None)))
+    assert not list(glue("sst2", eval_size=1).problems(on_encoder(None)))
+
+
 BAD_FILES = {
     "empty": ((), r"train.tsv is empty: it must be tab-separated text$"),
     "header only": ((RTE,), r"train.tsv has no rows below its header$"),
@@ -234,7 +264,7 @@ def test_scores_outside_0_to_5(tmp_path: Path, score: str) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     write_rte(tmp_path)
     (tmp_path / "glue/RTE/train.tsv").write_bytes(RTE.encode() + b"\n0\t\xff\tB.\tentailment\n")
-    with pytest.raises(ConfigError, match=r"train.tsv is not UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"train.tsv line 2 is not UTF-8 text: .*; save it as UTF-8$"):
         load("rte", tmp_path)
 
 

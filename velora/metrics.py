@@ -63,25 +63,33 @@ class MatthewsCorrelation(LocalMetric):
 
 
 class Pearson(LocalMetric):
-    """Pearson's correlation of real numbers; not a number where one side is constant."""
+    """Pearson's correlation of real numbers; not a number where it is undefined."""
 
     dtype = "float64"
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         from scipy.stats import pearsonr
 
-        return {"pearson": float(pearsonr(predictions, references)[0])}
+        return {"pearson": _correlation(pearsonr, predictions, references)}
 
 
 class Spearman(LocalMetric):
-    """Spearman's rank correlation; ties share their mean rank; not a number where one side is constant."""
+    """Spearman's rank correlation; ties share their mean rank; not a number where it is undefined."""
 
     dtype = "float64"
 
     def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         from scipy.stats import spearmanr
 
-        return {"spearman": float(spearmanr(predictions, references)[0])}
+        return {"spearman": _correlation(spearmanr, predictions, references)}
+
+
+def _correlation(function: Any, predictions: Sequence[float], references: Sequence[float]) -> float:
+    """A correlation of scipy's; not a number where one side is constant, has one example or is not finite."""
+    sides = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    if any(len(side) < 2 or not np.isfinite(side).all() or (side == side[0]).all() for side in sides):
+        return float("nan")
+    return float(function(*sides)[0])
 
 
 METRICS: dict[str, type[LocalMetric]] = {

@@ -9,13 +9,18 @@ a text, so each file name stands for the family that published it: RoBERTa, T5, 
 from the scores of the sentencepiece model, since transformers 5 orders them by id, which splits double blanks otherwise
 than sentencepiece does.
 
+Text is text: what spells a special token (`</s>`, `<pad>`, `[SEP]`) is encoded as any other characters. That is impossible
+only where the vocabulary itself has the spelling as an ordinary word and nothing splits it before (a word-level vocabulary).
+
 Padding. Labels and losses are masked by the true length of a text, never by comparing with the padding token, so any
-token serves. LLaMA has none of its own; its unknown token (id 0) is used, not its end token: transformers
+token serves, as long as network and tokenizer agree on it: the network's own goes first, since networks read classes
+and positions by it, then the tokenizer's. LLaMA has neither; its unknown token (id 0) is used, not its end token: transformers
 freezes the embedding of the padding token, and the end token must train.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,11 +38,11 @@ def tokenizer(config: Config) -> Any:
     """The tokenizer of `config.model`, with a padding token; ConfigError where its files are missing or of no known form."""
     model: Any = config.model
     if model.tokenizer == "byte":
-        return byte_tokenizer()
+        return prepared(byte_tokenizer())
     folder = local_folder(config)
     if folder is not None:
         return from_folder(folder)
-    return with_padding(_from_hub(model.tokenizer, model.tokenizer_folder))
+    return prepared(_from_hub(model.tokenizer, model.tokenizer_folder))
 
 
 def local_folder(config: Config) -> Path | None:
@@ -63,7 +68,9 @@ def from_folder(folder: Path) -> Any:
 
     present = {path.name for path in folder.iterdir()}
     if present & set(COMPLETE):
-        make: Any = lambda: transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)  # noqa: E731
+        make: Any = lambda: transformers.AutoTokenizer.from_pretrained(  # noqa: E731
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     elif {"vocab.json", "merges.txt"} <= present:
         make = lambda: transformers.RobertaTokenizer.from_pretrained(str(folder))  # noqa: E731
     elif "spiece.model" in present:
@@ -78,7 +85,7 @@ def from_folder(folder: Path) -> Any:
             f"({', '.join(VOCABULARIES)}); give model.tokenizer=DIR, a folder that has"
         )
     remedy = "give model.tokenizer=DIR, a folder with a whole one"
-    return with_padding(load(f"the tokenizer in {folder}", remedy, make, local=True))
+    return prepared(load(f"the tokenizer in {folder}", remedy, make, local=True))
 
 
 def llama_tokenizer(file: Path) -> Any:
@@ -122,12 +129,47 @@ def _merges(pieces: Any) -> list[tuple[str, str]]:
     return [(pieces.id_to_piece(left), pieces.id_to_piece(right)) for *_, left, right in sorted(found)]
 
 
-def with_padding(tokenizer: Any) -> Any:
-    """The same tokenizer; one without a padding token gets its unknown token for it, or its end token if it has none."""
+def prepared(tokenizer: Any) -> Any:
+    """The same tokenizer, which pads at the right and takes no text for a special token.
+
+    One without a padding token gets its unknown token for it, or its end token if it has none.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token if tokenizer.unk_token is not None else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            "this tokenizer has no padding, unknown or end token to fill a batch with: give the model.tokenizer of a "
+            "folder whose tokenizer_config.json names a pad_token"
+        )
     tokenizer.padding_side = "right"
+    tokenizer.split_special_tokens = True
+    _keep_special_pieces_out_of_text(tokenizer)
     return tokenizer
+
+
+def padded_as(network_id: int | None, tokenizer: Any) -> Any:
+    """The same tokenizer, which pads with the network's own padding token, if that is a word of its vocabulary."""
+    if network_id is not None and 0 <= network_id < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(network_id)
+    return tokenizer
+
+
+def _keep_special_pieces_out_of_text(tokenizer: Any) -> None:
+    """Split a text within what spells a special piece of a unigram vocabulary (T5, XLM-R, ALBERT), after its first character.
+
+    sentencepiece does not look for its control pieces in a text; the tokenizers library does, in each word by itself.
+    """
+    from tokenizers import Regex, models, pre_tokenizers
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(getattr(backend, "model", None), models.Unigram):
+        return
+    pieces = [t for t in tokenizer.all_special_tokens if len(t) > 1 and backend.model.token_to_id(t) is not None]
+    pattern = "|".join(f"{re.escape(piece[0])}(?={re.escape(piece[1:])})" for piece in pieces)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split])
 
 
 def _from_hub(name: str, tokenizer_folder: str | None) -> Any:

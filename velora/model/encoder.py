@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from velora.group import Head, Modality
 from velora.model._pretrained import PretrainedModel
@@ -10,8 +10,6 @@ from velora.model._pretrained import PretrainedModel
 
 class Encoder(PretrainedModel):
     kind: Literal["encoder"]
-
-    head_prefixes: ClassVar[tuple[str, ...]] = ("classifier.", "score.", "pre_classifier.", "pooler.", "bert.pooler.")
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("sequence_classification",)

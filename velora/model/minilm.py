@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from velora.errors import ConfigError
 from velora.group import Head, Modality
@@ -30,8 +30,6 @@ def minilm_folder() -> Path:
 class MiniLM(PretrainedModel):
     kind: Literal["minilm"]
 
-    head_prefixes: ClassVar[tuple[str, ...]] = ("classifier.",)
-
     def problems(self, config: Config) -> Iterator[str]:
         try:
             minilm_folder()
@@ -47,9 +45,9 @@ class MiniLM(PretrainedModel):
         return str(minilm_folder())
 
     def preprocessor(self, config: Config) -> Any:
-        from velora.tokenizer import from_folder
+        from velora.tokenizer import from_folder, padded_as
 
-        return from_folder(minilm_folder())
+        return padded_as(self.padding_id(), from_folder(minilm_folder()))
 
     def auto_class(self, head: Head) -> Any:
         from transformers import AutoModelForSequenceClassification

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
-SENTINELS = 100  # words of T5's tokenizer beyond the 32,000 that networks embed; they stand for nothing in a text
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 
@@ -30,7 +29,7 @@ Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
 def truncated(texts: Iterable[str], tokenizer: Any, max_length: int, vocabulary: int) -> Iterator[Ids]:
     """Each text's first `max_length` tokens, with the special tokens that the tokenizer adds: one sequence per document.
 
-    An id that the network does not embed (a text that spells one of T5's sentinels) becomes the unknown token.
+    An id that the network does not embed becomes the unknown token.
     """
     for ids in _encoded(texts, tokenizer, vocabulary, truncation=True, max_length=max_length):
         if len(ids) > 1:  # a single token predicts nothing

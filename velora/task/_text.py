@@ -5,21 +5,20 @@ Shapes: B examples in a batch, L the longest text of the batch in tokens.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from velora.config import Config
-
 SHOWN_CHARACTERS = 80
+ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,34 @@ def shown(value: str) -> str:
     return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "...")
 
 
-def read_tsv(file: Path) -> list[Line]:
-    """All lines of a tab-separated file; quotes are plain characters (as in GLUE's files), a byte order mark is dropped."""
+def text_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of each line of a UTF-8 file, without its line break and without a byte order mark.
+
+    ConfigError names file and line of what is no UTF-8.
+    """
+    for number, raw in enumerate(stream, 1):
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        try:
+            yield number, raw.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} line {number} is not UTF-8 text: {error.reason}; save it as UTF-8") from None
+
+
+def read_tsv(file: Path) -> tuple[list[Line], int]:
+    """The lines of a tab-separated file, and how many more are blank or hold nothing but tabs.
+
+    Quotes are plain characters, as in GLUE's files.
+    """
     try:
-        with file.open(encoding="utf-8-sig", newline="\n") as stream:
-            lines = [Line(n, text.rstrip("\r\n").split("\t")) for n, text in enumerate(stream, 1) if text.strip()]
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        with file.open("rb") as stream:
+            every = list(text_lines(stream, file))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
+    lines = [Line(number, text.split("\t")) for number, text in every if text.strip()]
     if not lines:
         raise ConfigError(f"{file} is empty: it must be tab-separated text")
-    return lines
+    return lines, len(every) - len(lines)
 
 
 def file_facts(file: Path, **more: Any) -> dict[str, Any]:
@@ -54,38 +71,17 @@ def file_facts(file: Path, **more: Any) -> dict[str, Any]:
     return {"size_bytes": file.stat().st_size, "sha256": digest, **more}
 
 
-def note(text: str) -> None:
-    """Tell the user something about the data that must not be overlooked; once, not once per process."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"note: {text}")
-
-
-def length_problems(max_length: int, config: Config) -> Iterator[str]:
-    """A sentence if the texts are longer than the network's positions, as far as its YAML tells."""
-    architecture = getattr(config.model, "architecture", None) or {}
-    positions = architecture.get("max_position_embeddings")
-    if positions is None:
-        return
-    if architecture.get("model_type") in ("roberta", "xlm-roberta"):
-        positions -= 2  # its positions begin at the padding id + 1
-    if max_length > positions:
-        yield f"task.max_length={max_length} is more than the {positions} positions of model={config.model.name}"
-
-
-def vocabulary_size(tokenizer: Any, config: Config) -> int:
-    """Words that the network embeds: the figure of its YAML, or else the tokenizer's length."""
-    declared = (getattr(config.model, "architecture", None) or {}).get("vocab_size")
-    return len(tokenizer) if declared is None else int(declared)
-
-
-def check_vocabulary(tokenizer: Any, config: Config, spare: int = 0) -> None:
-    """ConfigError where the tokenizer has words (more than `spare` of them) that the network does not embed."""
-    words, embedded = len(tokenizer), vocabulary_size(tokenizer, config)
-    if words > embedded + spare:
-        raise ConfigError(
-            f"the tokenizer of model={config.model.name} has {words} words and the network embeds {embedded}: give the "
-            "model.tokenizer that belongs to it"
-        )
+def count_longer(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> int:
+    """How many texts (or pairs of texts) have more than `max_length` tokens with their special ones, and are cut."""
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    # a token is a byte or more, but for a blank that is set before a text
+    long = [row for row in texts if sum(len(text.encode()) + 1 for text in row) + special > max_length]
+    longer = 0
+    for start in range(0, len(long), ENCODE_TOGETHER):
+        columns = [list(column) for column in zip(*long[start : start + ENCODE_TOGETHER], strict=True)]
+        encoded = tokenizer(*columns, verbose=False, return_attention_mask=False)
+        longer += sum(len(ids) > max_length for ids in encoded["input_ids"])
+    return longer
 
 
 def padded(texts: list[list[int]], filler: int) -> torch.Tensor:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from velora.errors import ConfigError
+from velora.fit import SENTINELS, check_length, check_vocabulary, length_problems, network_limits, vocabulary_size
 from velora.group import Head, Phase, Task, TaskData
+from velora.notes import note
 from velora.task import _shards
 from velora.task._counts import num_predicted_tokens, num_tokens
-from velora.task._text import check_vocabulary, file_facts, length_problems, vocabulary_size
+from velora.task._text import file_facts
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -67,8 +69,10 @@ class C4(Task):
         from velora.task import _language_model as lm
         from velora.task._stream import SequenceStream
 
-        check_vocabulary(preprocessor, config, spare=lm.SENTINELS)
-        vocabulary = vocabulary_size(preprocessor, config)
+        limits = network_limits(config)
+        check_vocabulary(preprocessor, limits, config, spare=SENTINELS)
+        check_length(self.max_length, limits, config)
+        vocabulary = vocabulary_size(preprocessor, limits)
         cut = lm.truncated if self.packing == "pad" else lm.packed
 
         def encode(texts: Iterable[str]) -> Iterator[lm.Ids]:
@@ -88,6 +92,7 @@ class C4(Task):
             "data_seed": self.data_seed, "shuffle_buffer": self.shuffle_buffer,
             "validation": {
                 "sequences": len(validation), "tokens": tokens, "budget_tokens": self.eval_tokens,
+                "full_length_sequences": sum(len(ids) == self.max_length for ids in validation),
                 "extent": "all documents" if whole else "the first documents of the shuffled stream, up to the budget",
             },
             "training": self._training_extent(config, source.get("documents", {}).get("train")),
@@ -145,14 +150,26 @@ class C4(Task):
                 )
         every = [file for files in shards.values() for file in files]
         small = sum(file.stat().st_size for file in every) <= SMALL_BYTES
+        counted = {side: _shards.count_documents(files) for side, files in shards.items()} if small else {}
+        # of a large folder: what this process has read, added to as it goes on; the record is written at the end
+        repairs = {side: counted[side][1] if small else _shards.no_repairs() for side in shards}
+        for side, found in repairs.items():
+            if found[_shards.BLANK]:
+                note(f"{folder}: {found[_shards.BLANK]} blank documents of {side} left out")
         about = {
             "source": "files",
             "folder": self.folder,
             "corpus": "C4, by the folder's name" if self.folder == "c4" else f"the text in {self.folder}, not C4",
             "files": {f.name: file_facts(f) if small else {"size_bytes": f.stat().st_size} for f in every},
-            "documents": {side: _shards.count_documents(files) if small else None for side, files in shards.items()},
+            "documents": {side: counted[side][0] if small else None for side in shards},
+            "repairs": repairs,
         }
-        return lambda side, number: _shards.one_pass(shards[side], self.shuffle_buffer, self.data_seed + number), about
+
+        def documents(side: str, number: int) -> Iterator[str]:
+            added_to = None if small or number else repairs[side]  # a later pass finds the same again
+            return _shards.one_pass(shards[side], self.shuffle_buffer, self.data_seed + number, added_to)
+
+        return documents, about
 
     def _from_hub(self) -> tuple[Documents, dict[str, Any]]:
         from velora.hub import load
@@ -163,7 +180,7 @@ class C4(Task):
             return load_dataset(self.hub, self.hub_subset, streaming=True, revision=self.revision)
 
         remedy = f"give data.root=DIR with {self.folder}/ in it, a folder of json-lines shards for train and validation"
-        data = load(f"the data set {self.hub} of task={self.name}", remedy, fetch)
+        data = load(f"the data set {self.hub} of task={self.name}", remedy, fetch, local=Path(self.hub).exists())
         shuffled = {
             side: data[side].shuffle(seed=self.data_seed, buffer_size=self.shuffle_buffer) for side in _shards.SIDES
         }

@@ -15,19 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from pydantic import PositiveInt, field_validator
 
 from velora.errors import ConfigError
+from velora.fit import check_length, check_vocabulary, length_problems, network_limits
 from velora.group import Head, Phase, Task, TaskData
+from velora.notes import note
 from velora.task._counts import num_examples, num_tokens
-from velora.task._text import (
-    Line,
-    check_vocabulary,
-    file_facts,
-    length_problems,
-    mask_of,
-    note,
-    padded,
-    read_tsv,
-    shown,
-)
+from velora.task._text import Line, count_longer, file_facts, mask_of, padded, read_tsv, shown
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +27,7 @@ if TYPE_CHECKING:
     from velora.config import Config
 
 BINARY = ("0", "1")
+CORRELATIONS = ("matthews_correlation", "pearson", "spearman")
 ENTAILMENT = ("entailment", "not_entailment")
 
 
@@ -115,6 +108,12 @@ class Glue(Task):
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
         yield from length_problems(self.max_length, config)
+        correlations = [name for name in self.layout.metrics if name in CORRELATIONS]
+        if self.eval_size is not None and self.eval_size < 2 and correlations:
+            yield (
+                f"task.eval_size={self.eval_size}: task={self.name} is scored by {correlations[0]}, and one example has no "
+                "correlation; give at least 2"
+            )
         if config.data.root is None:
             if self.folder is not None:
                 yield f"task.folder={self.folder} needs data.root=DIR, the folder that it lies in"
@@ -122,7 +121,9 @@ class Glue(Task):
             yield from self._missing_files(config.data.root)
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
-        check_vocabulary(preprocessor, config)
+        limits = network_limits(config)
+        check_vocabulary(preprocessor, limits, config)
+        check_length(self.max_length, limits, config)
         if self.max_length > preprocessor.model_max_length:
             raise ConfigError(
                 f"task.max_length={self.max_length} is more than the {preprocessor.model_max_length} tokens that the tokenizer of "
@@ -132,6 +133,7 @@ class Glue(Task):
         splits, about = self._from_hub() if root is None else self._from_files(root)
         train = self._subset(splits.pop("train"), self.train_size, config.seed, about, "train")
         validation = {k: self._subset(v, self.eval_size, None, about, k) for k, v in splits.items()}
+        about["cut_at_max_length"] = self._cut({"train": train, **validation}, preprocessor)
         about.update(
             task=self.name, max_length=self.max_length, padding="to the longest text of the batch",
             train_examples=len(train), validation_examples={k or "validation": len(v) for k, v in validation.items()},
@@ -153,6 +155,19 @@ class Glue(Task):
         labels = "float32" if self.layout.labels is None else "int64"
         ids = (batch_size, self.max_length)
         return {"input_ids": (ids, "int64"), "attention_mask": (ids, "int64"), "labels": ((batch_size,), labels)}
+
+    def _cut(self, splits: dict[str, list[Row]], tokenizer: Any) -> dict[str, int]:
+        """How many examples of each split are longer than `max_length`; said where there are any."""
+        cut = {
+            split or "validation": count_longer([row.texts for row in rows], tokenizer, self.max_length)
+            for split, rows in splits.items()
+        }
+        for split, number in cut.items():
+            if number:
+                note(
+                    f"{number} examples of {split} are longer than task.max_length={self.max_length} tokens and are cut"
+                )
+        return cut
 
     def _scores(self, logits: Any, labels: Any) -> dict[str, float]:
         from velora.metrics import scores
@@ -198,8 +213,11 @@ class Glue(Task):
         folder, splits, facts = root / self._below_root, {}, {}
         for split, name in (("train", "train.tsv"), *self.layout.validation):
             file = folder / name if split == "train" else _validation_file(folder, name)
-            splits[split], broken = read_rows(file, self.layout)
+            splits[split], broken, blank = read_rows(file, self.layout)
             facts[file.name] = file_facts(file, rows=len(splits[split]))
+            if blank:
+                facts[file.name]["blank_rows_left_out"] = blank
+                note(f"{file}: {blank} rows that are blank or hold nothing but tabs left out")
             if broken:
                 facts[file.name]["rows_left_out"] = broken
                 note(f"{file}: {broken} rows with a wrong number of columns left out, as in the official release")
@@ -218,7 +236,7 @@ class Glue(Task):
             return load_dataset(self.hub, self.name.removeprefix("glue/"), revision=self.revision)
 
         remedy = f"give data.root=DIR with glue/{self.layout.folder}/train.tsv, the classic release's files"
-        data = load(f"the data set {self.hub} of task={self.name}", remedy, fetch)
+        data = load(f"the data set {self.hub} of task={self.name}", remedy, fetch, local=Path(self.hub).exists())
         columns = self.layout.hub_texts or self.layout.texts
         splits = {}
         for split, part in (
@@ -249,9 +267,12 @@ def collate(rows: list[Row], tokenizer: Any, max_length: int, regression: bool) 
     return batch
 
 
-def read_rows(file: Path, layout: Layout) -> tuple[list[Row], int]:
-    """The examples of one classic file, and the number of broken rows left out; ConfigError names file, line, column and value."""
-    lines = read_tsv(file)
+def read_rows(file: Path, layout: Layout) -> tuple[list[Row], int, int]:
+    """The examples of one classic file, and the numbers of broken and of blank rows left out.
+
+    ConfigError names file, line, column and value.
+    """
+    lines, blank = read_tsv(file)
     header = list(layout.header) if layout.header is not None else lines[0].cells
     wanted = (*layout.texts, layout.label)
     absent = [name for name in wanted if name not in header]
@@ -272,7 +293,7 @@ def read_rows(file: Path, layout: Layout) -> tuple[list[Row], int]:
         )
     if not rows:
         raise ConfigError(f"{file} has no rows below its header")
-    return rows, len(broken)
+    return rows, len(broken), blank
 
 
 def _row(file: Path, line: Line, places: list[int], layout: Layout) -> Row:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveInt
 
+from velora.fit import SENTINELS, check_length, check_vocabulary, length_problems, network_limits, vocabulary_size
 from velora.group import Head, Phase, Task, TaskData
 from velora.task._counts import num_predicted_tokens, num_tokens
-from velora.task._text import check_vocabulary, length_problems, vocabulary_size
 
 if TYPE_CHECKING:
     from velora.config import Config
@@ -44,8 +44,10 @@ class Manual(Task):
         from velora.task import _language_model as lm
 
         sides = split_topics(topics())
-        check_vocabulary(preprocessor, config, spare=lm.SENTINELS)
-        vocabulary = vocabulary_size(preprocessor, config)
+        limits = network_limits(config)
+        check_vocabulary(preprocessor, limits, config, spare=SENTINELS)
+        check_length(self.max_length, limits, config)
+        vocabulary = vocabulary_size(preprocessor, limits)
         blocks = {
             side: list(lm.packed(texts.values(), preprocessor, self.max_length, vocabulary))
             for side, texts in sides.items()

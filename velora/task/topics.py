@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt
 
+from velora.fit import check_length, check_vocabulary, length_problems, network_limits
 from velora.group import Head, Phase, Task, TaskData
 from velora.task._counts import num_examples, num_tokens
 
@@ -31,12 +33,22 @@ class Topics(Task):
     def head(self, config: Config) -> Head:
         return Head("sequence_classification", self.num_topics)
 
+    def problems(self, config: Config) -> Iterator[str]:
+        from velora.task.manual import topics
+
+        yield from super().problems(config)
+        yield from length_problems(self.max_length, config)
+        if self.num_topics > len(topics()):
+            yield f"task.num_topics={self.num_topics} is more than the {len(topics())} topics of this Python's manual"
+
     def load(self, preprocessor: Any, config: Config) -> TaskData:
         from velora.metrics import scores
-        from velora.task._text import check_vocabulary
+        from velora.task._text import count_longer
         from velora.task.glue import collate
 
-        check_vocabulary(preprocessor, config)
+        limits = network_limits(config)
+        check_vocabulary(preprocessor, limits, config)
+        check_length(self.max_length, limits, config)
         names, sides = labelled_paragraphs(self.num_topics)
         return TaskData(
             phases=[Phase("train", sides["train"], {"": sides["validation"]})],
@@ -53,6 +65,10 @@ class Topics(Task):
                 "python": ".".join(map(str, sys.version_info[:3])),
                 "classes": names,
                 "examples": {side: len(rows) for side, rows in sides.items()},
+                "cut_at_max_length": {
+                    side: count_longer([row.texts for row in rows], preprocessor, self.max_length)
+                    for side, rows in sides.items()
+                },
             },
         )
 
