@@ -60,8 +60,8 @@ class VTAB(Task):
         return image_batch_shapes(batch_size, config.model.image_size)  # type: ignore[attr-defined]
 
     def load(self, preprocessor: Any, config: Config) -> TaskData:
+        from velora.notes import note
         from velora.task._images import image_split, image_task_data
-        from velora.task._text import note
 
         folder = self._folder(config.data.root) if config.data.root is not None else self._download()
         num_classes = self._num_classes(folder)
