@@ -5,13 +5,14 @@ Nothing here imports torch: `--help`, `--cfg job` and a refused configuration an
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from velora.complaints import sentence
 from velora.config import Config, validate
@@ -24,6 +25,13 @@ _NOT_IDENTITY = {
     "seed", "name", "runs_dir", "resume", "overwrite", "data.root", "trainer.device",
     "trainer.save_every", "trainer.save_model", "trainer.log_every",
 }  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a console script; a wrong one is answered with one sentence, not with the usage of all."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(report(self.prog, f"{message}; --help lists what can be given", 2))
 
 
 class _Reported(Exception):
@@ -75,7 +83,7 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
         check_processes()
         sys.argv[1:] = checked(sys.argv[1:])
     except ConfigError as error:
-        return _report(program, str(error), 2)
+        return report(program, str(error), 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its exceptions instead of printing them and exiting with 1
     status = 0
 
@@ -91,7 +99,7 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
     except (_Reported, _Stopped) as reported:
         return reported.status
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        return _report(program, sentence(error, _own_folders()), 2)
+        return report(program, sentence(error, _own_folders()), 2)
     return status
 
 
@@ -125,13 +133,13 @@ def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrid
         raw["name"] = raw.get("name") or default_name(raw, overrides)
         job(validate(raw))
     except (KeyboardInterrupt, Interrupted) as error:
-        raise _Stopped(_report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
+        raise _Stopped(report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
     except ConfigError as error:
-        return _report(program, str(error), 2)
+        return report(program, str(error), 2)
     except OmegaConfBaseException as error:
-        return _report(program, sentence(error, _own_folders()), 2)
+        return report(program, sentence(error, _own_folders()), 2)
     except RunError as error:
-        return _report(program, str(error), 1)
+        return report(program, str(error), 1)
     return 0
 
 
@@ -162,7 +170,7 @@ def _get(raw: dict[str, Any], group: str) -> str | None:
     return section.get("name") if isinstance(section, dict) else None
 
 
-def _report(program: str, text: str, status: int) -> int:
+def report(program: str, text: str, status: int) -> int:
     """One line, whatever the text holds; on a terminal it takes the line of a progress bar that was left open."""
     fresh_line = "\r\x1b[K" if sys.stderr.isatty() else ""
     print(f"{fresh_line}{program}: {' '.join(text.split())}", file=sys.stderr)

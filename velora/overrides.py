@@ -80,7 +80,7 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
                 f"{argument} gives several values: add -m for one run each, write [...] around a list, or quote a text: "
                 f"{_quoted(argument)}"
             )
-        return f"{key}={','.join(values)}" if glob else argument
+        return f"{argument.partition('=')[0]}={','.join(map(str, values))}" if glob else argument
     if known:
         _check_choice(argument, key, value, known)
     return argument
