@@ -157,6 +157,9 @@ TOGETHER = {
         "method=checkpoint task=digits activations.use_reentrant=true",
         ("activations.use_reentrant=true has no effect with model=vit_tiny", "use_reentrant=false"),
     ),
+    "tokenizer for a package": Bad(
+        "task=topics model=minilm model.tokenizer=byte", ("model.tokenizer=byte: model=minilm", "model=encoder")
+    ),
     "sketch of nothing": Bad(
         "method=flora optimizer.beta1=null optimizer.layerwise=true optimizer.sketched=all "
         "trainer.max_grad_norm=null trainer.micro_batch_size=8",

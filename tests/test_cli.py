@@ -49,8 +49,8 @@ def test_value_files_import_no_torch(tmp_path):
     assert done.stdout.strip() == "light", done.stderr
 
 
-def test_every_shipped_choice_composes(cli):
-    """Each model with its task, each method, each experiment: composed and printed without an error."""
+def test_every_shipped_choice_is_valid(cli):
+    """Each model with its task, each method, each experiment: every key is known and nothing contradicts itself."""
     conf = Path(__file__).parent.parent / "conf"
     choices = [
         f"experiment={f.relative_to(conf / 'experiment').with_suffix('')}"
@@ -58,14 +58,16 @@ def test_every_shipped_choice_composes(cli):
     ]
     choices += [f"task={f.relative_to(conf / 'task').with_suffix('')}" for f in (conf / "task").rglob("*.yaml")]
     choices += [f"method={f.stem}" for f in (conf / "method").glob("*.yaml")]
-    choices += [f"model={f.stem}" for f in (conf / "model").glob("*.yaml") if f.stem not in ("causal_lm", "encoder")]
+    models = [f.stem for f in (conf / "model").glob("*.yaml") if f.stem not in ("causal_lm", "encoder")]
+    choices += [f"model={name} task=embedded" for name in models]
     code = (
         "import sys\nfrom hydra import compose, initialize_config_dir\nfrom omegaconf import OmegaConf\n"
-        "from velora.cli import conf_dir\n"
+        "from velora.cli import conf_dir\nfrom velora.config import validate\n"
         "with initialize_config_dir(str(conf_dir()), version_base='1.3'):\n"
         "    for choice in sys.argv[1:]:\n"
-        "        raw = OmegaConf.to_container(compose('config', [choice]), resolve=True)\n"
+        "        raw = OmegaConf.to_container(compose('config', choice.split()), resolve=True)\n"
         "        assert raw['task']['name'] and raw['model']['name'], choice\n"
+        "        validate({**raw, 'name': 'x'})\n"
         "print('composed', len(sys.argv) - 1)\n"
     )
     done = subprocess.run(
