@@ -85,6 +85,9 @@ KEYS = {
     "embedded task's key": Bad(
         "task=embedded +task.options.manual.max_lenght=9", ("manual.max_lenght is not", "options.manual.max_length?")
     ),
+    "embedded task of another family": Bad(
+        "task=embedded +task.options.topics.num_topiks=9", ("options.topics.num_topiks", "options.topics.num_topics?")
+    ),
     "entry of a size": Bad(
         "activations.sub_token_size={value:8,down:8,upp:16}",
         ("activations.sub_token_size.upp=16", "activations.layers=['value', 'down'] does not name upp"),
@@ -123,6 +126,12 @@ VALUES = {
     "nan learning rate": Bad("trainer.learning_rate=nan", ("trainer.learning_rate=nan", "a finite number")),
     "nan in a list": Bad("optimizer.betas=[0.9,nan]", ("optimizer.betas.1=nan", "a finite number")),
     "inf inside": Bad("model.architecture.rms_norm_eps=inf", ("model.architecture.rms_norm_eps=inf", "finite")),
+    "beyond 64 bits": Bad("trainer.num_workers=10000000000000000000", ("trainer.num_workers=1000", "64 bits")),
+    "empty path": Bad("data.root=", ("data.root= is empty",)),
+    "empty folder": Bad("runs_dir=", ("runs_dir= is empty",)),
+    "path that is too long": Bad(f"data.root={'a' * 400}", ("data.root=aaa", "is not a folder")),
+    "model path that is too long": Bad(f"model.path={'a' * 400}", ("model.path=aaa", "cannot be read")),
+    "patch size": Bad("task=digits method=full model.overrides={patch_size:x}", ("model.overrides.patch_size=x",)),
     "moment out of range": Bad("optimizer.betas=[0.9,1.5]", ("optimizer.betas.1=1.5", "less than 1")),
     "one moment": Bad("optimizer.betas=[0.9]", ("optimizer.betas.1 is missing",)),
     "unknown word": Bad("trainer.schedule=cosin", ("trainer.schedule=cosin", "'linear', 'cosine' or 'constant'")),

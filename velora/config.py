@@ -7,6 +7,7 @@ the class of its group (`velora/group.py`), all problems are collected, and one 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,15 @@ class MethodConfig(Section):
 
 class DataConfig(Section):
     root: Path | None = None
+
+    @field_validator("root")
+    @classmethod
+    def _is_a_folder(cls, root: Path | None) -> Path | None:
+        if root is not None and not os.path.isdir(root):  # False for what cannot be a path, too
+            raise ValueError(
+                f"data.root={shown(root)} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
+            )
+        return root
 
 
 class WandbConfig(Section):
@@ -253,13 +263,13 @@ def validate(raw: dict[str, Any]) -> Config:
 
 def _cross_checks(config: Config) -> Iterator[str]:
     yield from config.trainer.problems()
-    root = config.data.root
-    if root is not None and not root.is_dir():
-        yield f"data.root={root} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
     for group in GROUPS:
         part = getattr(config, group)
         with blaming(group, part.kind):
-            found = list(part.problems(config))
+            try:
+                found = list(part.problems(config))
+            except ConfigError as error:
+                found = [str(error)]
         yield from found
 
 

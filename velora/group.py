@@ -24,9 +24,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from velora.errors import ConfigError
+from velora.read import shown
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +160,19 @@ class Model(Part):
     path: str | None = None
     pretrained: bool = False
     roles: dict[str, list[str]] | None = None  # None: from the table in velora/roles.py
+
+    @field_validator("path")
+    @classmethod
+    def _can_be_a_path(cls, path: str | None) -> str | None:
+        try:
+            os.stat(path or ".")
+        except FileNotFoundError:
+            pass  # the name of a checkpoint on a hub; a kind says what it needs
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.path={shown(path)} cannot be read ({error}); give a checkpoint's folder or name"
+            ) from None
+        return path
 
     def modalities(self) -> tuple[Modality, ...]:
         """The kinds of head that the network can be built with."""

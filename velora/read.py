@@ -67,7 +67,7 @@ def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | 
         raise ConfigError(f"{prefix} is missing")
     if not isinstance(value, dict):
         raise ConfigError(f"{prefix}={shown(value)} is not valid: {prefix} holds keys; give {prefix}.<key>=...")
-    if problems := list(_not_finite(value, prefix)):
+    if problems := list(_unusable(value, prefix)):
         raise ConfigError("; ".join(problems))
     try:
         return cls.model_validate_json(json.dumps(value, default=str), strict=True)
@@ -196,16 +196,21 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _not_finite(value: Any, key: str) -> Iterator[str]:
+def _unusable(value: Any, key: str) -> Iterator[str]:
+    """Values that no key takes, wherever they stand; `key=` with nothing behind it is most often a variable that is not set."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key}={value} is not valid: it must be a finite number"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"{key}={value} is not valid: an integer must lie within 64 bits"
+    elif value == "":
+        yield f"{key}= is empty; give a value, or leave it out"
     inner: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         inner = value.items()
     elif isinstance(value, list | tuple):
         inner = enumerate(value)
     for name, item in inner:
-        yield from _not_finite(item, _join(key, name))
+        yield from _unusable(item, _join(key, name))
 
 
 def _join(*parts: Any) -> str:
