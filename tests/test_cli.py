@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from velora.cli import default_name
-from velora.overrides import checked
+from velora.overrides import checked, quoted
 
 
 def test_output_folder_that_cannot_be_written(cli):
@@ -97,3 +98,15 @@ def test_name_holds_what_changes_the_result():
     swept = default_name(raw, ["trainer.max_steps=3", "activations.sub_token_size=8"])
     assert swept == "glue_sst2-minilm-velora-activations.sub_token_size=8-trainer.max_steps=3"
     assert len(default_name(raw, [f"model.path=/{'x' * 300}"])) < 255
+
+
+@pytest.mark.parametrize(
+    "text", ["~/x", "a=b", "a,b", "a(b", "[a", "a: {b", "a b", 'a"b', "a\\", 'a\\"b', "C:\\d", "it's"]
+)
+def test_the_quotes_that_a_sentence_proposes_give_the_text(text):
+    """What is proposed is copied into a shell, which gives Hydra one argument."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (argument,) = shlex.split(quoted(f"data.root={text}"))
+    override = OverridesParser.create().parse_overrides([argument])[0]
+    assert (override.key_or_group, override.value()) == ("data.root", text)

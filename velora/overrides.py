@@ -78,7 +78,7 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
         if not multirun and not (glob and len(values) == 1):
             raise ConfigError(
                 f"{argument} gives several values: add -m for one run each, write [...] around a list, or quote a text: "
-                f"{_quoted(argument)}"
+                f"{quoted(argument)}"
             )
         return f"{argument.partition('=')[0]}={','.join(map(str, values))}" if glob else argument
     if known:
@@ -140,18 +140,18 @@ def _unreadable(argument: str, reason: str) -> str:
             f"{argument} cannot be read: {key or 'nothing'} before the = is not a key; write group=choice or key=value"
         )
     if function := re.search(r"while evaluating '.*?': (.*)", reason):
-        return f"{argument} cannot be read: {function[1]}; if it is a text, quote it: {_quoted(argument)}"
+        return f"{argument} cannot be read: {function[1]}; if it is a text, quote it: {quoted(argument)}"
     for opened, closed in ("[]", "{}", "()"):
         if value.count(opened) != value.count(closed):
             return (
                 f"{argument} cannot be read: {opened} and {closed} do not match; close it, or if it is a text, quote it: "
-                f"{_quoted(argument)}"
+                f"{quoted(argument)}"
             )
-    return f"{argument} cannot be read; a text with special characters (~ = , ( [ {{ :) is quoted: {_quoted(argument)}"
+    return f"{argument} cannot be read; a text with special characters (~ = , ( [ {{ :) is quoted: {quoted(argument)}"
 
 
-def _quoted(argument: str) -> str:
+def quoted(argument: str) -> str:
     """The argument with its value as a text: quotes for Hydra inside, quotes for the shell around all of it."""
     key, _, value = argument.partition("=")
-    value = value.strip("'\"").replace('"', '\\"')
+    value = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value.strip("'\""))
     return shlex.quote(f'{key}="{value}"')
