@@ -49,13 +49,16 @@ def test_candidates_run_in_turn():
         (["--repeats", "0"], "must be a positive integer"),
         (["--dtype", "int8"], "invalid choice"),
         (["sideways"], "invalid choice"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert len(said.splitlines()) == 1
 
 
 def test_a_missing_device_is_one_sentence(capsys):
@@ -71,3 +74,13 @@ def test_help_does_not_import_torch():
         "assert 'torch' not in sys.modules and 'peft' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "operator", lambda *_: pytest.fail("it measured first"))
+    (tmp_path / "file").write_text("")
+    assert bench.main(["--json", str(tmp_path / "file" / "bench.json")]) == 2
+    assert bench.main(["--json", str(tmp_path)]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("velora-bench: --json ") and "cannot be written" in line for line in said)

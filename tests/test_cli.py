@@ -1,79 +1,15 @@
-"""Bad input: one sentence, exit status 2, no traceback, nothing half-written, and all of it before torch is imported."""
+"""The command line: what it answers without the heavy imports, shipped choices, globs, names; refusals: test_bad_inputs.py."""
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from velora.cli import default_name, expand_globs
-from velora.errors import ConfigError
-
-REFUSED = {
-    "unknown method": (["method=veloar"], "method=veloar is not known", "velora"),
-    "unknown model": (["model=llama_61m"], "model=llama_61m is not known", "llama_60m"),
-    "unknown task": (["task=glue/sst3"], "glue/sst3", "sst2"),
-    "misspelt key": (["trainer.lerning_rate=1"], "trainer.lerning_rate is not a key", "trainer.learning_rate"),
-    "added key": (["+trainer.lerning_rate=1"], "trainer.lerning_rate is not a key", "trainer.learning_rate"),
-    "both": (["activations.num_groups=4"], "both are given", "set the other to null"),
-    "neither": (["activations.sub_token_size=null"], "none is given", "exactly one"),
-    "wrong type": (["trainer.batch_size=many"], "trainer.batch_size=many", "integer"),
-    "negative": (["trainer.batch_size=-1"], "trainer.batch_size=-1", "greater than 0"),
-    "no end": (["trainer.max_steps=null"], "trainer.max_steps=null", "give one of them"),
-    "no data folder": (["data.root=nowhere"], "data.root=nowhere is not a folder", "leave it out"),
-    "task for another family": (["task=glue/sst2", "model=llama_tiny"], "task=glue/sst2", "choose another model or task"),
-    "model without a path": (["model=causal_lm"], "model.path has no value", "give model.path="),
-    "pretrained without a path": (["model=llama_60m", "model.pretrained=true"], "model.pretrained=true", "model.path=DIR"),
-    "moment out of range": (["optimizer.betas=[0.9,1.5]"], "optimizer.betas.1=1.5", "less than 1"),
-    "half a step": (["trainer.eval_every=1.5"], "trainer.eval_every=1.5", "a fraction of the run below 1"),
-    "another value's key": (
-        ["method=lora_velora", "activations=exact"], "activations.layers is a key of activations=velora", "method"
-    ),
-    "embedded task": (["task=embedded", "+task.options.manul.max_length=9"], "task.options.manul is not a key", "manual"),
-    "embedded task's key": (
-        ["task=embedded", "+task.options.manual.max_lenght=9"], "options.manual.max_lenght", "options.manual.max_length"
-    ),
-    "key of a value not chosen": (
-        ["method=full", "activations.layers=[value]"], "activations.layers is a key of another value", "activations=..."
-    ),
-    "no such package": (["adapter.kind=nowhere.to.be.found"], "adapter.kind=nowhere.to.be.found", "import path"),
-    "nothing to continue": (["resume=required"], "resume=required", "resume=auto"),
-    "name outside": (["name=a/../../b"], "name=a/../../b leaves runs_dir", "without .."),
-    "syntax": (["trainer.max_steps=]["], "trainer.max_steps=][", ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused_with_one_sentence(cli, case):
-    overrides, names, remedy = REFUSED[case]
-    done = cli(*overrides)
-    assert done.returncode == 2, done.stderr
-    assert names in done.stderr
-    assert remedy in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not (cli.folder / "runs").exists()
-
-
-def test_several_problems_in_one_message(cli):
-    done = cli("trainer.batch_size=0", "++optimizer.bettas=[0,0]", "activations.init=best")
-    assert done.returncode == 2
-    for key in (
-        "trainer.batch_size=0",
-        "optimizer.bettas is not a key; did you mean optimizer.betas?",
-        "activations.init=best",
-    ):
-        assert key in done.stderr
-
-
-def test_misspelt_key_in_a_file(cli):
-    folder = cli.folder / "mine" / "method"
-    folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# @package _global_\nmethod: {name: mine}\nactivations: {sub_tokensize: 8}\n")
-    done = cli("--config-dir", "mine", "method=mine")
-    assert done.returncode == 2
-    assert "activations.sub_tokensize is not a key" in done.stderr
+from velora.cli import default_name
+from velora.overrides import checked, quoted
 
 
 def test_output_folder_that_cannot_be_written(cli):
@@ -117,14 +53,15 @@ def test_globs_reach_nested_values_and_never_match_nothing(tmp_path):
     (tmp_path / "task" / "mine").mkdir(parents=True)
     (tmp_path / "task" / "mine" / "a.yaml").write_text("")
     glue = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
-    assert expand_globs(["-m", "task=glob(glue/*)"]) == ["-m", "task=" + ",".join(f"glue/{name}" for name in glue)]
-    assert expand_globs(["task=glob(glue/s*)", "seed=1"]) == ["task=glue/sst2,glue/stsb", "seed=1"]
-    assert expand_globs(["--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
-    assert "glue/sst2" not in expand_globs(["task=glob(*)"])[0]
-    untouched = ["method=glob(*,exclude=l*)", "trainer.batch_size=4"]
-    assert expand_globs(untouched) == untouched
-    with pytest.raises(ConfigError, match=r"task=glob\(gleu/\*\) matches nothing; task is one of .*glue/sst2"):
-        expand_globs(["task=glob(gleu/*)"])
+    assert checked(["-m", "task=glob(glue/*)"]) == ["-m", "task=" + ",".join(f"glue/{name}" for name in glue)]
+    assert checked(["-m", "task=glob(glue/s*)", "seed=1"]) == ["-m", "task=glue/sst2,glue/stsb", "seed=1"]
+    assert checked(["-m", "--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
+    assert checked(["-m", "task=glob([manual,glue/s*],exclude=glue/stsb)"])[-1] == "task=glue/sst2,manual"
+    assert checked(["-m", "method=glob(*,exclude=[*lora*,s*,f*])"])[-1] == "method=checkpoint,galore,hydra,linear_probe"
+    assert checked(["task=glob(man*)"]) == ["task=manual"]
+    assert "glue/sst2" not in checked(["-m", "task=glob(*)"])[-1]
+    untouched = ["trainer.batch_size=4", "data.root='/a,b'", "~experiment", "+trainer.compile=true"]
+    assert checked(untouched) == untouched
 
 
 def test_name_holds_what_changes_the_result():
@@ -133,3 +70,15 @@ def test_name_holds_what_changes_the_result():
     swept = default_name(raw, ["trainer.max_steps=3", "activations.sub_token_size=8"])
     assert swept == "glue_sst2-minilm-velora-activations.sub_token_size=8-trainer.max_steps=3"
     assert len(default_name(raw, [f"model.path=/{'x' * 300}"])) < 255
+
+
+@pytest.mark.parametrize(
+    "text", ["~/x", "a=b", "a,b", "a(b", "[a", "a: {b", "a b", 'a"b', "a\\", 'a\\"b', "C:\\d", "it's"]
+)
+def test_the_quotes_that_a_sentence_proposes_give_the_text(text):
+    """What is proposed is copied into a shell, which gives Hydra one argument."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (argument,) = shlex.split(quoted(f"data.root={text}"))
+    override = OverridesParser.create().parse_overrides([argument])[0]
+    assert (override.key_or_group, override.value()) == ("data.root", text)

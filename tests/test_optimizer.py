@@ -125,7 +125,8 @@ def test_default_layers_of_every_family(build, num):
         ({"layers": ["lm_hed"]}, "matches no module"),
         ({"layers": ["mlp"]}, "has no weight matrix of its own"),
         ({"layers": ["norm"]}, "has no weight matrix of its own"),
-        ({"rank": 33}, r"rank 33 for model.layers.0.self_attn.q_proj of shape \(32, 32\); it must be between 1 and 32"),
+        ({"rank": 33}, r"rank 33 for model.layers.0.self_attn.q_proj of shape \(32, 32\); it must be between 1 and 31"),
+        ({"rank": 32}, "rank 32 for model.layers.0.self_attn.q_proj .* a full rank saves nothing"),
         ({"rank": 0.01}, "is rank 0 for"),
     ],
 )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from velora.config import Config, TrainerConfig
-from velora.errors import ConfigError
+from velora.device import training_device
+from velora.processes import num_processes
 
 
 def training_arguments(config: Config, folder: Path, eval_every: int | float | str) -> TrainingArguments:
     """Raises ConfigError for what this machine cannot do."""
     trainer = config.trainer
-    on_cpu = trainer.device == "cpu" or not torch.cuda.is_available()
-    _check_device(trainer, on_cpu)
+    on_cpu = training_device(config).type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=trainer.num_epochs or 1.0,
@@ -32,7 +30,7 @@ def training_arguments(config: Config, folder: Path, eval_every: int | float | s
         bf16=trainer.precision == "bf16",
         fp16=trainer.precision == "fp16",
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_backend="gloo" if on_cpu and num_processes() > 1 else None,
         torch_compile=trainer.compile,
         logging_steps=trainer.log_every,
         logging_nan_inf_filter=False,
@@ -61,17 +59,6 @@ def use_one_device(arguments: Any) -> None:
             "with the same trainer.batch_size"
         )
         arguments._n_gpu = 1
-
-
-def _check_device(trainer: TrainerConfig, on_cpu: bool) -> None:
-    if trainer.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
-    if trainer.precision == "fp16" and on_cpu:
-        raise ConfigError(
-            "trainer.precision=fp16 needs a CUDA device, and this run is on the CPU; use trainer.precision=bf16 or fp32"
-        )
-    if trainer.precision == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported():
-        raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use trainer.precision=fp16 or fp32")
 
 
 def _strategy(name: str, every: int | float | str) -> dict[str, Any]:

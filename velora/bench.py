@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
+from velora.cli import Parser, report
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,21 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Console script `velora-bench`; returns the exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.json is not None:
+            _take_file(arguments.json)  # before the minutes of measuring
         result = operator(arguments.shape or [_shape(shape) for shape in SHAPES], arguments)
         if arguments.json is not None:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     except ConfigError as error:
-        print(f"velora-bench: {error}", file=sys.stderr)
-        return 2
+        return report("velora-bench", str(error), 2)
     except OSError as error:
-        print(f"velora-bench: --json {arguments.json} cannot be written ({error})", file=sys.stderr)
-        return 1
+        return report("velora-bench", f"--json {arguments.json} cannot be written ({error.strerror})", 1)
     return 0
 
 
+def _take_file(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--json {file} cannot be written ({error.strerror}); name another file") from None
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("velora-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("velora-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=["operator"], default="operator", help="one layer (the default)")
     parser.add_argument(
         "--shape", type=_shape, action="append", metavar="N,D,M,G", help=f"repeatable; default: {' '.join(SHAPES)}"

@@ -5,24 +5,33 @@ Nothing here imports torch: `--help`, `--cfg job` and a refused configuration an
 
 from __future__ import annotations
 
-import fnmatch
+import argparse
 import hashlib
-import itertools
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from velora.config import Config, unknown_key, unknown_value, validate
+from velora.complaints import sentence
+from velora.config import Config, validate
 from velora.errors import ConfigError, Interrupted, RunError
+from velora.overrides import checked, conf_dir
+from velora.processes import check_processes
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
 _NOT_IDENTITY = {
     "seed", "name", "runs_dir", "resume", "overwrite", "data.root", "trainer.device",
     "trainer.save_every", "trainer.save_model", "trainer.log_every",
 }  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a console script; a wrong one is answered with one sentence, not with the usage of all."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(report(self.prog, f"{message}; --help lists what can be given", 2))
 
 
 class _Reported(Exception):
@@ -39,12 +48,6 @@ class _Stopped(BaseException):
     def __init__(self, status: int) -> None:
         super().__init__(status)
         self.status = status
-
-
-def conf_dir() -> Path:
-    """The folder of the shipped configuration: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def train() -> None:
@@ -71,31 +74,51 @@ def launch(program: str, job: Callable[[Config], None]) -> int:
     still run, and the status of the first one that failed is returned; Ctrl-C and SIGTERM end a multirun too.
     """
     import hydra
+    import yaml
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        sys.argv[1:] = expand_globs(sys.argv[1:])
+        check_processes()
+        sys.argv[1:] = checked(sys.argv[1:])
     except ConfigError as error:
-        return _report(program, str(error), 2)
+        return report(program, str(error), 2)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its exceptions instead of printing them and exiting with 1
     status = 0
 
     def run_one(composed: Any) -> None:
         nonlocal status
-        status = _guarded(program, job, composed, list(HydraConfig.get().overrides.task))
-        if status and HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise _Reported(status)  # the way that every launcher, also one of other processes, reports a failed job
+        failed = _guarded(program, job, composed, _overrides())
+        status = status or failed
+        if failed and HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":
+            raise _Reported(failed)  # the way that launchers of other processes report a failed job
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_one)()
     except (_Reported, _Stopped) as reported:
         return reported.status
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        return _report(program, _sentence(error), 2)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        return report(program, sentence(error, _own_folders()), 2)
     return status
+
+
+def _overrides() -> list[str]:
+    """The overrides of this job as they were given: one may hold a ${...}, which is not ours to resolve."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(given, list)
+    return [str(override) for override in given]
+
+
+def _own_folders() -> list[Path]:
+    """The folders of --config-dir."""
+    from hydra._internal.utils import get_args_parser
+
+    options, _ = get_args_parser().parse_known_args()
+    return [Path(options.config_dir)] if options.config_dir else []
 
 
 def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrides: list[str]) -> int:
@@ -110,38 +133,14 @@ def _guarded(program: str, job: Callable[[Config], None], composed: Any, overrid
         raw["name"] = raw.get("name") or default_name(raw, overrides)
         job(validate(raw))
     except (KeyboardInterrupt, Interrupted) as error:
-        raise _Stopped(_report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
+        raise _Stopped(report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
     except ConfigError as error:
-        return _report(program, str(error), 2)
+        return report(program, str(error), 2)
     except OmegaConfBaseException as error:
-        return _report(program, _sentence(error), 2)
+        return report(program, sentence(error, _own_folders()), 2)
     except RunError as error:
-        return _report(program, str(error), 1)
+        return report(program, str(error), 1)
     return 0
-
-
-def expand_globs(arguments: list[str]) -> list[str]:
-    """Write `group=glob(pattern)` as a comma list, also for nested values: `task=glob(vtab/*)`.
-
-    Hydra's own glob sees one level only, and a pattern that matches nothing runs nothing and reports success. Raises
-    ConfigError for such a pattern. What is no group, or has `exclude`, is left to Hydra.
-    """
-    own = [Path(b) for a, b in itertools.pairwise(arguments) if a in ("--config-dir", "-cd")]
-    own += [Path(a.partition("=")[2]) for a in arguments if a.startswith("--config-dir=")]
-    expanded = []
-    for argument in arguments:
-        found = re.fullmatch(r"(\w+)=glob\(([^,()]+)\)", argument)
-        folders = [folder / found[1] for folder in (conf_dir(), *own)] if found else []
-        if found and any(folder.is_dir() for folder in folders):
-            group, pattern = found[1], found[2].strip("'\" ")
-            known = {str(f.relative_to(folder).with_suffix("")) for folder in folders for f in folder.rglob("*.yaml")}
-            level = [value for value in known if value.count("/") == pattern.count("/")]
-            values = sorted(fnmatch.filter(level, pattern))
-            if not values:
-                raise ConfigError(f"{argument} matches nothing; {group} is one of {', '.join(sorted(known))}")
-            argument = f"{group}={','.join(values)}"
-        expanded.append(argument)
-    return expanded
 
 
 def default_name(raw: dict[str, Any], overrides: list[str]) -> str:
@@ -171,50 +170,8 @@ def _get(raw: dict[str, Any], group: str) -> str | None:
     return section.get("name") if isinstance(section, dict) else None
 
 
-def _report(program: str, sentence: str, status: int) -> int:
-    print(f"{program}: {sentence}", file=sys.stderr)
+def report(program: str, text: str, status: int) -> int:
+    """One line, whatever the text holds; on a terminal it takes the line of a progress bar that was left open."""
+    fresh_line = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{fresh_line}{program}: {' '.join(text.split())}", file=sys.stderr)
     return status
-
-
-def _sentence(error: Exception) -> str:
-    """Hydra's and OmegaConf's own messages, cut to what names the key, the value and the choices."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=")))
-    if missing := re.search(r"Could not find '(\w+)/([^']*)'", text):
-        group, value = missing.groups()
-        listed = [
-            line for line in lines[2:] if "=" not in line and not line.endswith(":")
-        ]  # a user's own are among them
-        shipped = conf_dir() / group
-        known = {str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")}
-        return unknown_value(group, value, sorted(known | ({*listed} if "/" not in value else set())))
-    if column := re.search(r"'experiment\.settings\.([^']+)\.\w+' not found", text):
-        experiment = error.parent_node._get_root().experiment  # type: ignore[attr-defined]
-        return f"experiment={experiment.name} has no settings for {column[1]}; it has {', '.join(experiment.settings)}"
-    if mandatory := re.search(r"Missing mandatory value: ([\w.]+)", text):
-        return f"{mandatory.group(1)} has no value; give {mandatory.group(1)}=..."
-    if unknown := re.search(r"Could not override '([\w./@-]+)'", text) or re.search(r"full_key: ([\w.]+)", str(error)):
-        key, keys = unknown.group(1), sorted(_shipped_keys())
-        group = key.partition(".")[0]
-        if key in keys:
-            return (
-                f"{key} is a key of another value of {group}, not of the one in this run; choose that with {group}=..."
-            )
-        return unknown_key(key, keys)
-    return text or type(error).__name__
-
-
-def _shipped_keys() -> set[str]:
-    """Every group and every key that some shipped file sets, for "did you mean"."""
-    import yaml
-
-    keys: set[str] = set()
-    for file in conf_dir().rglob("*.yaml"):
-        content = yaml.safe_load(file.read_text()) or {}
-        group = (
-            "" if file.parent == conf_dir() or file.read_text().startswith("# @package _global_") else file.parent.name
-        )
-        for key, value in ({group: content} if group else content).items():
-            keys.add(key)
-            keys.update(f"{key}.{inner}" for inner in value) if isinstance(value, dict) else None
-    return keys - {"defaults", "hydra"}

@@ -6,14 +6,14 @@ the class of its group (`velora/group.py`), all problems are collected, and one 
 
 from __future__ import annotations
 
-import difflib
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -24,15 +24,14 @@ from pydantic import (
     PlainValidator,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from velora.errors import ConfigError
-from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, part_class, shipped_kinds
-
-T = TypeVar("T", bound=BaseModel)
+from velora.group import Activations, Adapter, Model, Optimizer, Part, Task, Weights, blaming, part_class, shipped_kinds
+from velora.processes import num_processes
+from velora.read import listing, parse, shown, unknown_key
 
 GROUPS: dict[str, type[Part]] = {
     "weights": Weights,
@@ -48,10 +47,11 @@ def _interval(value: Any) -> int | float | str:
     """A number of steps (int), a fraction of the run (float below 1), "epoch" or "end"."""
     if value in ("epoch", "end"):
         return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or value <= 0 or (value > 1 and value != int(value)):
+    steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    fraction = isinstance(value, float) and math.isfinite(value) and 0 < value < 1
+    if not steps and not fraction:
         raise PydanticCustomError("interval", "Must be a number of steps, a fraction of the run below 1, epoch or end")
-    return int(value) if value >= 1 else float(value)
+    return value
 
 
 Interval = Annotated[int | float | Literal["epoch", "end"], PlainValidator(_interval)]
@@ -69,6 +69,15 @@ class MethodConfig(Section):
 
 class DataConfig(Section):
     root: Path | None = None
+
+    @field_validator("root")
+    @classmethod
+    def _is_a_folder(cls, root: Path | None) -> Path | None:
+        if root is not None and not os.path.isdir(root):  # False for what cannot be a path, too
+            raise ValueError(
+                f"data.root={shown(root)} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
+            )
+        return root
 
 
 class WandbConfig(Section):
@@ -142,7 +151,26 @@ class TrainerConfig(Section):
         """Micro-batches of one optimiser step in each process."""
         return max(1, self.batch_size // (self.examples_per_forward * num_processes()))
 
-    def batch_problems(self) -> Iterator[str]:
+    def problems(self) -> Iterator[str]:
+        """Sentences about settings that contradict each other, or that would have no effect."""
+        if self.num_epochs is None and self.max_steps is None:
+            yield "trainer.num_epochs=null and trainer.max_steps=null: give one of them, it is where the run ends"
+        yield from self._batch_problems()
+        yield from self._schedule_problems()
+
+    def _schedule_problems(self) -> Iterator[str]:
+        if self.warmup_steps and self.warmup_ratio:
+            yield (
+                f"trainer.warmup_steps={self.warmup_steps} and trainer.warmup_ratio={self.warmup_ratio}: both are given; "
+                "give one of them and set the other to 0"
+            )
+        if self.min_lr_ratio and self.schedule != "cosine":
+            yield (
+                f"trainer.min_lr_ratio={self.min_lr_ratio} has no effect with trainer.schedule={self.schedule}; set "
+                "trainer.min_lr_ratio=0 or trainer.schedule=cosine"
+            )
+
+    def _batch_problems(self) -> Iterator[str]:
         processes = num_processes()
         given = f"trainer.batch_size={self.batch_size}"
         if self.batch_size % processes:
@@ -152,11 +180,6 @@ class TrainerConfig(Section):
                 f"{given} is no multiple of trainer.micro_batch_size={self.micro_batch_size} times {processes} "
                 f"process{'es' if processes > 1 else ''}; batch_size counts the examples of a whole optimiser step"
             )
-
-
-def num_processes() -> int:
-    """Processes of this run: torchrun says it; one without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
@@ -243,32 +266,36 @@ def validate(raw: dict[str, Any]) -> Config:
         found[group] = read(partial(_parse_part, group, raw.get(group), base))
     run = read(partial(parse, _Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
     if problems:
-        raise ConfigError(_listing(problems))
+        raise ConfigError(listing(problems))
     assert run is not None
     config = Config(**dict(run), **found, raw=raw)
     problems += _cross_checks(config)
     if problems:
-        raise ConfigError(_listing(problems))
+        raise ConfigError(listing(problems))
     return config
 
 
 def _cross_checks(config: Config) -> Iterator[str]:
-    if config.trainer.num_epochs is None and config.trainer.max_steps is None:
-        yield "trainer.num_epochs=null and trainer.max_steps=null: give one of them, it is where the run ends"
-    yield from config.trainer.batch_problems()
-    root = config.data.root
-    if root is not None and not root.is_dir():
-        yield f"data.root={root} is not a folder; give the folder below which glue/, c4/, vtab/ ... lie, or leave it out"
+    yield from config.trainer.problems()
     for group in GROUPS:
-        yield from getattr(config, group).problems(config)
+        part = getattr(config, group)
+        with blaming(group, part.kind):
+            try:
+                found = list(part.problems(config))
+            except ConfigError as error:
+                found = [str(error)]
+        yield from found
 
 
 def _parse_part(group: str, value: Any, base: type[Part]) -> Part:
     if not isinstance(value, dict) or "kind" not in value:
-        raise ConfigError(f"{group} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)")
-    return parse(
-        part_class(group, value["kind"], base), value, group, partial(_key_of_another_kind, group, value["kind"])
-    )
+        raise ConfigError(
+            f"{group}={shown(value)} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)"
+        )
+    kind = str(value["kind"])
+    cls = part_class(group, kind, base)
+    with blaming(group, kind):
+        return parse(cls, value, group, partial(_key_of_another_kind, group, kind))
 
 
 def _key_of_another_kind(group: str, kind: str, key: str) -> str | None:
@@ -281,56 +308,3 @@ def _key_of_another_kind(group: str, kind: str, key: str) -> str | None:
         f"{key} is a key of {group}={' and '.join(others)}, not of {group}={kind}: the method, the experiment or the "
         "command line sets it"
     )
-
-
-def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | None] = lambda key: None) -> T:
-    """Read one section; each pydantic error becomes a sentence that names the full key and the value.
-
-    `explain` may have a better sentence on an unknown key than that it is unknown.
-    """
-    try:
-        return cls.model_validate(value)
-    except ValidationError as error:
-        sentences = []
-        for item in error.errors(include_url=False):
-            key = ".".join(str(p) for p in (prefix, *item["loc"]) if p != "")
-            if item["type"] == "extra_forbidden":
-                known = sorted(f"{prefix}.{f}" if prefix else f for f in cls.model_fields)
-                sentences.append(explain(key) or unknown_key(key, known))
-            elif item["type"] == "missing":
-                sentences.append(f"{key} is missing")
-            elif item["type"] == "value_error":
-                sentences.append(str(item["ctx"]["error"]))
-            else:
-                sentences.append(f"{key}={item['input']} is not valid: {item['msg'][0].lower()}{item['msg'][1:]}")
-        raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
-
-
-# Keys that were renamed, with what to give now.
-_RENAMED = {
-    "trainer.gradient_accumulation_steps": "give trainer.micro_batch_size, the examples of one forward; trainer.batch_size "
-    "are those of a whole optimiser step"
-}
-
-
-def unknown_key(key: str, known: list[str]) -> str:
-    if key in _RENAMED:
-        return f"{key} is no key any more: {_RENAMED[key]}"
-    close = difflib.get_close_matches(key, known, n=1)
-    if close:
-        return f"{key} is not a key; did you mean {close[0]}?"
-    if len(known) > 20:
-        return f"{key} is not a key of this configuration; `--cfg job` prints it whole"
-    return f"{key} is not a key; known keys here: {', '.join(known)}"
-
-
-def unknown_value(group: str, value: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(value, known, n=1)
-    hint = f"did you mean {close[0]}? It" if close else "it"
-    return f"{group}={value} is not known; {hint} is one of {', '.join(known)}"
-
-
-def _listing(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return f"{len(problems)} problems: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))

@@ -15,15 +15,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from velora.errors import ConfigError
+from velora.read import shown
 
 if TYPE_CHECKING:
     import torch
@@ -162,6 +166,19 @@ class Model(Part):
     pretrained: bool = False
     roles: dict[str, list[str]] | None = None  # None: from the table in velora/roles.py
 
+    @field_validator("path")
+    @classmethod
+    def _can_be_a_path(cls, path: str | None) -> str | None:
+        try:
+            os.stat(path or ".")
+        except FileNotFoundError:
+            pass  # the name of a checkpoint on a hub; a kind says what it needs
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.path={shown(path)} cannot be read ({error}); give a checkpoint's folder or name"
+            ) from None
+        return path
+
     def modalities(self) -> tuple[Modality, ...]:
         """The kinds of head that the network can be built with."""
         raise NotImplementedError
@@ -201,13 +218,15 @@ class Task(Part):
 
 
 def part_class(group: str, kind: str, base: type[Part]) -> type[Part]:
-    """The class behind `kind` of `group`; ConfigError names the known kinds if there is none."""
-    path = str(kind) if "." in str(kind) else f"velora.{group}.{kind}"
-    if path.startswith(".") or not _exists(path):
-        raise ConfigError(
-            f"{group}.kind={kind} is not known; it is one of {', '.join(shipped_kinds(group))}, or a module's import path"
-        )
-    module = importlib.import_module(path)
+    """The class behind `kind` of `group`; ConfigError names the known kinds if there is none, or what its module does wrong."""
+    kind = str(kind)
+    if "." not in kind and kind not in shipped_kinds(group):
+        raise _unknown_kind(group, kind)
+    path = kind if "." in kind else f"velora.{group}.{kind}"
+    with blaming(group, kind):
+        if not _exists(path):
+            raise _class_for_module(group, kind) or _unknown_kind(group, kind)
+        module = importlib.import_module(path)
     classes = [
         c for _, c in inspect.getmembers(module, inspect.isclass) if issubclass(c, base) and c.__module__ == path
     ]
@@ -224,11 +243,59 @@ def shipped_kinds(group: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(package)]) if not m.name.startswith("_"))
 
 
+@contextmanager
+def blaming(group: str, kind: str) -> Iterator[None]:
+    """Whatever the module of another person's kind raises, sys.exit too, is a ConfigError with its file and the reason.
+
+    A kind of this package is let through: that is a fault of ours.
+    """
+    try:
+        yield
+    except (ConfigError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if "." not in kind:
+            raise
+        raise ConfigError(f"{group}.kind={kind}: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    """File, line and what went wrong there: the first line outside this package and Python's import machinery."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename} line {error.lineno} is not valid Python ({error.msg})"
+    ours = str(Path(__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(("<", ours))]
+    frames = [f for f in frames if f"{os.sep}importlib{os.sep}" not in f.filename]
+    where = f"{frames[0].filename} line {frames[0].lineno}" if frames else "its module"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{where} needs the package {error.name}, which is not installed"
+    if isinstance(error, SystemExit):
+        return f"{where} ends the program (sys.exit); a module must only define its class"
+    return f"{where} raises {type(error).__name__}: {error}"
+
+
+def _unknown_kind(group: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"{group}.kind={kind} is not known; it is one of {', '.join(shipped_kinds(group))}, or a module's import path"
+    )
+
+
+def _class_for_module(group: str, kind: str) -> ConfigError | None:
+    """The sentence for the path of a class in place of that of its module."""
+    path, _, name = kind.rpartition(".")
+    if not path or not _exists(path) or not inspect.isclass(getattr(importlib.import_module(path), name, None)):
+        return None
+    module = path.removeprefix(f"velora.{group}.")
+    return ConfigError(f"{group}.kind={kind} is a class; give its module: {group}.kind={module}")
+
+
 def _exists(path: str) -> bool:
     """Whether a module has this import path; the packages on the way to it are imported, it is not."""
+    if not all(part.isidentifier() for part in path.split(".")):
+        return False
     try:
         return importlib.util.find_spec(path) is not None
-    except (ModuleNotFoundError, ValueError) as error:  # a package on the way is missing, or the path is malformed
-        if isinstance(error, ModuleNotFoundError) and not f"{path}.".startswith(f"{error.name}."):
-            raise  # the package is there, and misses another one
+    except ModuleNotFoundError as error:
+        if not f"{path}.".startswith(f"{error.name}."):
+            raise  # the package on the way is there, and misses another one
         return False

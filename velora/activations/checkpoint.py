@@ -24,6 +24,11 @@ class Checkpoint(Activations):
                 f"activations.use_reentrant=true needs block inputs that require a gradient, and adapter={config.adapter.kind} "
                 "freezes the embedding; set activations.use_reentrant=false"
             )
+        elif self.use_reentrant and "image_classification" in config.model.modalities():
+            yield (
+                f"activations.use_reentrant=true has no effect with model={config.model.name}: timm's networks always use the "
+                "non-reentrant form; set activations.use_reentrant=false"
+            )
 
     def apply(self, model: nn.Module, config: Config) -> str | None:
         for module in model.modules():

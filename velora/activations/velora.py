@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from velora.group import Activations
+from velora.roles import ROLES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,8 +35,19 @@ class Velora(Activations):
                 "give exactly one and set the other to null (the other is derived from the layer's width)"
             )
         for key, value in (("sub_token_size", size), ("num_groups", groups)):
-            if isinstance(value, dict) and (missing := [x for x in self.layers if x not in value and x != "all"]):
-                yield f"activations.{key}={value} has no entry for {', '.join(missing)}, which activations.layers names"
+            if isinstance(value, dict):
+                yield from self._entry_problems(f"activations.{key}", value, config)
+
+    def _entry_problems(self, key: str, sizes: dict[str, int], config: Config) -> Iterator[str]:
+        """A size of its own for each entry of `layers` ("all" stands for every role), and for nothing else."""
+        named = {layer for layer in self.layers if layer != "all"}
+        roles = {*ROLES, *(config.model.roles or {})} if "all" in self.layers else set()
+        for entry in [entry for entry in sizes if entry not in named | roles]:
+            close = difflib.get_close_matches(entry, sorted((named | roles) - sizes.keys()), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            yield f"{key}.{entry}={sizes[entry]}: activations.layers={self.layers} does not name {entry}{hint}"
+        if missing := sorted(named - sizes.keys()):
+            yield f"{key}={sizes} has no entry for {', '.join(missing)}, which activations.layers names"
 
     def apply(self, model: nn.Module, config: Config) -> str | None:
         from velora.apply import apply_velora

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from velora.cli import launch
+from velora.cli import Parser, launch, report
 from velora.config import Config
 from velora.errors import ConfigError
 
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, overrides = _parser().parse_known_args(argv)
     try:
         fit_bytes = _fit_bytes(options.fit)
+        _check(options)
     except ConfigError as error:
-        print(f"velora-memory: --fit {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(report("velora-memory", str(error), 2))
     found: list[Explanation] = []
 
     def job(config: Config) -> None:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         questions = Questions(options.device, options.padded, not options.no_ledger, options.measure, fit_bytes)
         explanation = explain(config, questions)
         found.append(explanation)
-        _print(explanation, questions, options.by)
+        _print(explanation, questions, options.by or "holders")
         if options.save is not None:
             _save(explanation, options.save, argv, options.storages)
 
@@ -61,16 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="velora-memory",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--fit", metavar="SIZE", help="find the largest batch whose peak stays within SIZE, like 24GiB")
-    parser.add_argument(
-        "--by", choices=GROUPINGS, default="holders", help="how the ledger is grouped (default: holders)"
-    )
+    parser.add_argument("--by", choices=GROUPINGS, help="how the ledger is grouped (default: holders)")
     parser.add_argument("--no-ledger", action="store_true", help="only the estimate")
     parser.add_argument(
         "--measure", action="store_true", help="also run two real steps here (random weights) and measure"
@@ -91,12 +89,25 @@ def _parser() -> argparse.ArgumentParser:
 def _fit_bytes(text: str | None) -> int | None:
     from velora.memory.units import parse_bytes
 
-    return None if text is None else parse_bytes(text)
+    try:
+        return None if text is None else parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"--fit {error}") from None
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ConfigError for an option that would have no effect."""
+    if options.storages and options.save is None:
+        raise ConfigError("--storages goes into the record of --save DIR; give both, or leave it out")
+    for name in ("by", "storages"):
+        if options.no_ledger and getattr(options, name):
+            raise ConfigError(f"--{name} is about the ledger, and --no-ledger leaves it out; give one of the two")
 
 
 def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
     from rich.console import Console
 
+    from velora.memory.estimate import LARGEST_SEARCHED
     from velora.memory.show import figures_table, freed_table, ledger_table
     from velora.memory.units import format_bytes
 
@@ -122,8 +133,9 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     if explanation.largest_batch is not None and questions.fit_bytes is not None:
         limit = format_bytes(questions.fit_bytes)
+        least = "at least " if explanation.largest_batch >= LARGEST_SEARCHED else ""
         text = (
-            f"largest batch within {limit}: {explanation.largest_batch}"
+            f"largest batch within {limit}: {least}{explanation.largest_batch}"
             if explanation.largest_batch
             else f"no batch fits {limit}"
         )

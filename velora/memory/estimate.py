@@ -12,21 +12,28 @@ back.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from velora.config import Config
+from velora.errors import ConfigError
 from velora.memory.as_cuda import AsOnCuda, use_foreach
 from velora.memory.batches import synthetic_batch, training_loss
 from velora.memory.fake import Answers, fake_network
 from velora.memory.figures import MemoryFigures, figures_of
 from velora.memory.meter import CUDA_BLOCK_BYTES, training_steps
 from velora.memory.timeline import Timeline
+from velora.memory.units import format_bytes
+
+LARGEST_SEARCHED = 2**20
+"""Examples of a forward where the search for the largest batch ends."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -68,9 +75,21 @@ def pretend(
 
     num_micro_batches = config.trainer.accumulation_steps
     size = batch_size or config.trainer.examples_per_forward
+    _refuse_beyond_memory(config, size, num_micro_batches)
     batches = [synthetic_batch(config, size, padded, make) for _ in range(num_micro_batches)]
     losses = [training_loss(network, batch, config) for batch in batches]
     return Pretended(network, batches, losses, device or target_device(config))
+
+
+def _refuse_beyond_memory(config: Config, size: int, num_micro_batches: int) -> None:
+    """Words, labels and masks are real tensors here; ConfigError before they take this machine's memory."""
+    shapes = [(shape, getattr(torch, dtype)) for shape, dtype in config.task.batch_shapes(size, config).values()]
+    real = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes if not dtype.is_floating_point)
+    if num_micro_batches * real > psutil.virtual_memory().available / 2:
+        raise ConfigError(
+            f"trainer.batch_size={size * num_micro_batches}: words and labels of one step alone take "
+            f"{format_bytes(num_micro_batches * real)}, too much for the memory of this machine; give a smaller batch"
+        )
 
 
 def estimate(
@@ -103,8 +122,8 @@ def estimate(
     return figures_of(timeline, "estimated", pretended.device, 2, after_load)
 
 
-def largest_batch(peak_at: Callable[[int], int], available_bytes: int, limit: int = 2**20) -> int:
-    """The largest batch size whose peak fits, 0 if not even one does.
+def largest_batch(peak_at: Callable[[int], int], available_bytes: int, limit: int = LARGEST_SEARCHED) -> int:
+    """The largest batch size up to `limit` whose peak fits, 0 if not even one does.
 
     The peak must not fall with the batch size. It is nearly a straight line, so each guess is where the line through
     the two largest known sizes meets what is available: four or five calls of `peak_at`.

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from velora.config import Config
+from velora.device import training_device
 from velora.errors import ConfigError
 from velora.group import Activations
 from velora.memory.estimate import Device, Pretended, estimate, largest_batch, pretend
@@ -70,7 +71,11 @@ class Explanation:
 
 
 def explain(config: Config, questions: Questions) -> Explanation:
-    """Answer the questions about a configuration; nothing is downloaded, and nothing runs but with `measure`."""
+    """Answer the questions about a configuration; nothing is downloaded, and nothing runs but with `measure`.
+
+    Raises ConfigError for a question that has no answer here.
+    """
+    questions = _answerable(config, questions)
     device, padded = questions.device, questions.padded
     figures = estimate(config, device=device, padded=padded)
     pretended = pretend(config, device=device, padded=padded)
@@ -100,6 +105,21 @@ def explain(config: Config, questions: Questions) -> Explanation:
         largest_batch=largest,
         fit_bytes=questions.fit_bytes,
     )
+
+
+def _answerable(config: Config, questions: Questions) -> Questions:
+    """The questions, the device settled: what is measured stands beside an estimate for the same device."""
+    if questions.padded and "attention_mask" not in config.task.batch_shapes(1, config):
+        raise ConfigError(f"--padded: the batches of task={config.task.name} are never padded; leave it out")
+    if not questions.measure:
+        return questions
+    here: Device = "cuda" if training_device(config).type == "cuda" else "cpu"
+    if questions.device not in (None, here):
+        raise ConfigError(
+            f"--device {questions.device} with --measure: trainer.device={config.trainer.device} runs the steps on {here} here; "
+            "leave out one of the two"
+        )
+    return replace(questions, device=here)
 
 
 def _not_in_the_estimate(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from velora.build import build_network
 from velora.config import Config
+from velora.device import training_device
 from velora.memory.batches import preprocessor_for_shapes, synthetic_batch, training_loss
 from velora.memory.figures import SHORT_OF_PHASE, MemoryFigures, figures_of
 from velora.memory.timeline import Timeline
@@ -143,8 +144,9 @@ def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> Memo
     """Build the network of a configuration and measure training steps of it on a synthetic batch, on this machine.
 
     The weights are random: how many bytes there are does not depend on them. `padded`: see `synthetic_batch`.
+    Raises ConfigError where this machine has not the device of the configuration.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.device != "cpu" else "cpu")
+    device = training_device(config)
     network, _ = build_network(
         replace(config, model=config.model.model_copy(update={"pretrained": False})),
         config.task.head(config), preprocessor_for_shapes(config),

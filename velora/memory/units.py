@@ -12,11 +12,14 @@ _UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt"
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB", "8 GB", "512MiB" or plain bytes as a number of bytes; ConfigError otherwise."""
+    """ "24GiB", "8 GB", "512MiB" or plain bytes as a number of bytes; ConfigError for anything else, and for nothing."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise ConfigError(f"{text!r} is not an amount of memory; write it like 24GiB, 8GB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    num_bytes = int(float(match[1]) * _UNITS[match[2]])
+    if num_bytes < 1:
+        raise ConfigError(f"{text!r} is no memory at all; write what there is, like 24GiB, 8GB or 512MiB")
+    return num_bytes
 
 
 def mebibytes(num_bytes: int) -> str:

@@ -37,6 +37,9 @@ class MiniLM(PretrainedModel):
             yield str(error)
         if self.path is not None:
             yield f"model.path={self.path}: model=minilm is the network inside its package; use model=encoder for a folder"
+        for key, value in (("tokenizer", "package"), ("tokenizer_folder", None), ("architecture", None)):
+            if getattr(self, key) != value:
+                yield f"model.{key}={getattr(self, key)}: model=minilm has that in its package; use model=encoder to change it"
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("sequence_classification",)

@@ -48,7 +48,9 @@ class ViT(Model):
 
     def problems(self, config: Config) -> Iterator[str]:
         patch = self.overrides.get("patch_size") or next(iter(re.findall(r"patch(\d+)", self.timm_name)), None)
-        if patch is not None and self.image_size % int(patch):
+        if patch is not None and not str(patch).isdecimal():
+            yield f"model.overrides.patch_size={patch} is not valid: it must be an integer"
+        elif patch is not None and self.image_size % int(patch):
             yield f"model.image_size={self.image_size} is no multiple of the patch size {patch} of model={self.name}"
         if self.path is not None and self._file() is None:
             yield (

@@ -64,9 +64,9 @@ def _problem(name: str, module: nn.Module, rank: float) -> str | None:
     if not (isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad):
         return f"optimizer.layers: {name} ({type(module).__name__}) has no weight matrix of its own that trains"
     resulting = _rank_of(weight, rank)
-    if not 1 <= resulting <= min(weight.shape):
+    if not 1 <= resulting < min(weight.shape):
         return (
             f"optimizer.rank={rank} is rank {resulting} for {name} of shape {tuple(weight.shape)}; "
-            f"it must be between 1 and {min(weight.shape)}"
+            f"it must be between 1 and {min(weight.shape) - 1}: a full rank saves nothing"
         )
     return None

@@ -34,6 +34,11 @@ class FLoRA(LowRankOptimizer):
                 "optimizer.beta1=null without optimizer.layerwise=true and a smaller trainer.micro_batch_size: FLoRA "
                 "has neither a momentum nor a sum of gradients to compress; use optimizer=adafactor, or set optimizer.beta1=0.9"
             )
+        elif self.beta1 is None and self.sketched == "all":
+            yield (
+                "optimizer.sketched=all has no effect with optimizer.beta1=null: there is no momentum to sketch; set "
+                "optimizer.sketched=past"
+            )
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         from velora.optim.flora import Flora

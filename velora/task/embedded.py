@@ -26,9 +26,11 @@ class Embedded(Task):
 
     def task_for(self, config: Config) -> Task:
         """The task behind it."""
+        return self._task(_KINDS[config.model.modalities()[0]])
+
+    def _task(self, kind: str) -> Task:
         from velora.config import parse
 
-        kind = _KINDS[config.model.modalities()[0]]
         values = {"kind": kind, "name": self.name, **self.options.get(kind, {})}
         found = parse(part_class("task", kind, Task), values, f"task.options.{kind}")
         assert isinstance(found, Task)
@@ -37,6 +39,8 @@ class Embedded(Task):
     def problems(self, config: Config) -> Iterator[str]:
         for key in self.options.keys() - set(_KINDS.values()):
             yield f"task.options.{key} is not a key; known keys here: {', '.join(sorted(_KINDS.values()))}"
+        for kind in _KINDS.values():
+            self._task(kind)  # its options are read here, also where another model is trained
         yield from self.task_for(config).problems(config)
 
     def head(self, config: Config) -> Head:

@@ -1,0 +1,366 @@
+"""Everything that a user can get wrong on the command line, in a file or in the environment, in one table.
+
+Each case is what `velora-train` is given and what the sentence must say. For all of them: exit status 2, one line on stderr,
+nothing written, and training is never reached. The cases run in this process; that it answers before the heavy imports is
+tested in test_cli.py.
+
+To add a case, add an entry: `Bad(overrides, says, files=..., environment=...)`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from velora.cli import train
+
+
+@dataclass(frozen=True)
+class Bad:
+    overrides: str  # separated by blanks
+    says: tuple[str, ...]  # parts of the sentence: the key or file with its value, and the remedy
+    files: dict[str, str | bytes] = field(default_factory=dict)  # below the working directory
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def method_file(text: str | bytes) -> dict[str, str | bytes]:
+    return {"mine/method/mine.yaml": text}
+
+
+MINE = "--config-dir mine method=mine"
+
+
+CHOICES = {
+    "unknown method": Bad("method=veloar", ("method=veloar is not known", "did you mean velora?")),
+    "unknown model": Bad("model=llama_61m", ("model=llama_61m is not known", "llama_60m")),
+    "unknown task": Bad("task=glue/sst3", ("task=glue/sst3 is not known", "did you mean glue/sst2?")),
+    "a folder of values": Bad("experiment=table1", ("experiment=table1 is a folder", "table1/velora")),
+    "a folder as group": Bad("task/glue=cola", ("task/glue=cola", "choose with task=glue/cola")),
+    "nothing as method": Bad("method=null", ("method=null chooses nothing", "leave it out", "lora_velora")),
+    "nothing as experiment": Bad("experiment=null", ("experiment=null chooses nothing", "leave it out")),
+    "a number as task": Bad("task=5", ("task=5 is not known", "glue/sst2")),
+    "keys for a group": Bad("trainer={max_steps:1}", ("trainer is a group", "set trainer.<key>=...")),
+    "a list for a group": Bad("method=[velora,lora]", ("a run has one method", "-m method=velora,lora")),
+    "method left out": Bad("~method", ("method is missing",)),
+    "trainer left out": Bad("~trainer", ("trainer.precision is missing",)),
+    "a key left out": Bad("~trainer.batch_size", ("trainer.batch_size is missing",)),
+    "unknown launcher": Bad("hydra/launcher=slurm", ("hydra/launcher=slurm is not known", "basic")),
+    "unknown configuration": Bad("--config-name=mine", ("--config-name mine", "no such file")),
+    "task for another family": Bad(
+        "task=glue/sst2 model=llama_tiny", ("task=glue/sst2 needs a model", "choose another model or task")
+    ),
+    "model without a path": Bad("model=causal_lm", ("model.path has no value", "give model.path=")),
+    "pretrained without a path": Bad(
+        "model=llama_60m model.pretrained=true", ("model.pretrained=true", "model.path=DIR")
+    ),
+}
+
+KEYS = {
+    "misspelt key": Bad("trainer.lerning_rate=1", ("trainer.lerning_rate is not a key", "trainer.learning_rate?")),
+    "added key": Bad("+trainer.lerning_rate=1", ("trainer.lerning_rate is not a key", "trainer.learning_rate?")),
+    "lr": Bad("trainer.lr=1e-3", ("trainer.lr is not a key", "did you mean trainer.learning_rate?")),
+    "bare lr": Bad("lr=1e-3", ("lr is not a key", "did you mean trainer.learning_rate?")),
+    "epochs": Bad("trainer.epochs=3", ("did you mean trainer.num_epochs?",)),
+    "bs": Bad("bs=3", ("did you mean trainer.batch_size?",)),
+    "grad_accum": Bad("trainer.grad_accum=2", ("did you mean trainer.micro_batch_size?",)),
+    "wd": Bad("trainer.wd=0.1", ("did you mean trainer.weight_decay?",)),
+    "warmup": Bad("trainer.warmup=10", ("did you mean trainer.warmup_steps?",)),
+    "lora_alpha": Bad("method=lora adapter.lora_alpha=8", ("did you mean adapter.alpha?",)),
+    "renamed key": Bad(
+        "trainer.gradient_accumulation_steps=2", ("is no key any more", "give trainer.micro_batch_size")
+    ),
+    "another section": Bad("batch_size=2", ("batch_size is not a key", "did you mean trainer.batch_size?")),
+    "far from every key": Bad("qwertz=1", ("qwertz is not a key of this configuration", "--cfg job")),
+    "another value's key": Bad(
+        "method=lora_velora activations=exact", ("activations.layers is a key of activations=velora", "the method")
+    ),
+    "key of a value not chosen": Bad(
+        "method=full activations.layers=[value]", ("activations.layers is a key of another value", "activations=...")
+    ),
+    "embedded task": Bad("task=embedded +task.options.manul.max_length=9", ("task.options.manul is not", "manual")),
+    "embedded task's key": Bad(
+        "task=embedded +task.options.manual.max_lenght=9", ("manual.max_lenght is not", "options.manual.max_length?")
+    ),
+    "embedded task of another family": Bad(
+        "task=embedded +task.options.topics.num_topiks=9", ("options.topics.num_topiks", "options.topics.num_topics?")
+    ),
+    "entry of a size": Bad(
+        "activations.sub_token_size={value:8,down:8,upp:16}",
+        ("activations.sub_token_size.upp=16", "activations.layers=['value', 'down'] does not name upp"),
+    ),
+    "misspelt entry of a size": Bad(
+        "activations.sub_token_size={value:8,dwon:16}", ("sub_token_size.dwon=16", "did you mean down?")
+    ),
+    "entry of a size for all": Bad(
+        "activations.layers=[all] activations.sub_token_size={valeu:8}", ("sub_token_size.valeu=8", "mean value?")
+    ),
+}
+
+VALUES = {
+    "wrong type": Bad("trainer.batch_size=many", ("trainer.batch_size=many", "integer")),
+    "negative": Bad("trainer.batch_size=-1", ("trainer.batch_size=-1", "greater than 0")),
+    "true as integer": Bad("trainer.batch_size=true", ("trainer.batch_size=true is not valid", "an integer")),
+    "true as number": Bad("trainer.learning_rate=true", ("trainer.learning_rate=true is not valid", "a number")),
+    "true as interval": Bad("trainer.eval_every=true", ("trainer.eval_every=true", "a number of steps")),
+    "one as truth": Bad("trainer.compile=1", ("trainer.compile=1 is not valid", "true or false")),
+    "float as integer": Bad("trainer.max_steps=10.0", ("trainer.max_steps=10.0 is not valid", "an integer")),
+    "float as rank": Bad("method=galore optimizer.rank=1.0", ("optimizer.rank=1.0", "an integer or less than 1")),
+    "text as integer": Bad(
+        "trainer.batch_size='16'", ("trainer.batch_size=16", "an integer; leave out the quotes", "${oc.decode:")
+    ),
+    "number as text": Bad("name=5", ("name=5 is not valid", "write it in quotes: 'name=\"5\"'")),
+    "number as path": Bad("data.root=5", ("data.root=5", "'data.root=\"5\"'")),
+    "number in a list of texts": Bad("activations.layers=[1]", ("activations.layers.0=1", 'in quotes: "1"')),
+    "text as list": Bad("wandb.tags=first", ("wandb.tags=first", "a list, like [a,b]")),
+    "nothing as integer": Bad("seed=null", ("seed=null", "an integer")),
+    "text for a section": Bad("wandb=disabled", ("wandb=disabled", "give wandb.<key>=...")),
+    "half a step": Bad("trainer.eval_every=1.5", ("trainer.eval_every=1.5", "a fraction of the run below 1")),
+    "one as a fraction": Bad("trainer.save_every=1.0", ("trainer.save_every=1.0", "a fraction of the run below 1")),
+    "nan interval": Bad("trainer.eval_every=nan", ("trainer.eval_every=nan", "a finite number")),
+    "inf interval": Bad("trainer.eval_every=inf", ("trainer.eval_every=inf", "a finite number")),
+    "inf eps": Bad("optimizer.eps=inf", ("optimizer.eps=inf", "a finite number")),
+    "nan learning rate": Bad("trainer.learning_rate=nan", ("trainer.learning_rate=nan", "a finite number")),
+    "nan in a list": Bad("optimizer.betas=[0.9,nan]", ("optimizer.betas.1=nan", "a finite number")),
+    "inf inside": Bad("model.architecture.rms_norm_eps=inf", ("model.architecture.rms_norm_eps=inf", "finite")),
+    "beyond 64 bits": Bad("trainer.num_workers=10000000000000000000", ("trainer.num_workers=1000", "64 bits")),
+    "empty path": Bad("data.root=", ("data.root= is empty",)),
+    "empty folder": Bad("runs_dir=", ("runs_dir= is empty",)),
+    "path that is too long": Bad(f"data.root={'a' * 400}", ("data.root=aaa", "is not a folder")),
+    "model path that is too long": Bad(f"model.path={'a' * 400}", ("model.path=aaa", "cannot be read")),
+    "patch size": Bad("task=digits method=full model.overrides={patch_size:x}", ("model.overrides.patch_size=x",)),
+    "moment out of range": Bad("optimizer.betas=[0.9,1.5]", ("optimizer.betas.1=1.5", "less than 1")),
+    "one moment": Bad("optimizer.betas=[0.9]", ("optimizer.betas.1 is missing",)),
+    "unknown word": Bad("trainer.schedule=cosin", ("trainer.schedule=cosin", "'linear', 'cosine' or 'constant'")),
+    "no data folder": Bad("data.root=nowhere", ("data.root=nowhere is not a folder", "leave it out")),
+    "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
+    "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),
+    "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
+    "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
+    "class of ours": Bad(
+        "optimizer.kind=velora.optimizer.adamw.AdamW", ("is a class; give its module: optimizer.kind=adamw",)
+    ),
+}
+
+TOGETHER = {
+    "both sizes": Bad("activations.num_groups=4", ("both are given", "set the other to null")),
+    "no size": Bad("activations.sub_token_size=null", ("none is given", "exactly one")),
+    "no end": Bad("trainer.max_steps=null", ("trainer.max_steps=null", "give one of them")),
+    "both warm-ups": Bad(
+        "trainer.warmup_steps=5 trainer.warmup_ratio=0.1", ("trainer.warmup_ratio=0.1: both are given", "to 0")
+    ),
+    "minimum of a linear schedule": Bad(
+        "trainer.schedule=linear trainer.min_lr_ratio=0.2", ("trainer.min_lr_ratio=0.2 has no effect", "cosine")
+    ),
+    "reentrant with timm": Bad(
+        "method=checkpoint task=digits activations.use_reentrant=true",
+        ("activations.use_reentrant=true has no effect with model=vit_tiny", "use_reentrant=false"),
+    ),
+    "tokenizer for a package": Bad(
+        "task=topics model=minilm model.tokenizer=byte", ("model.tokenizer=byte: model=minilm", "model=encoder")
+    ),
+    "sketch of nothing": Bad(
+        "method=flora optimizer.beta1=null optimizer.layerwise=true optimizer.sketched=all "
+        "trainer.max_grad_norm=null trainer.micro_batch_size=8",
+        ("optimizer.sketched=all has no effect with optimizer.beta1=null", "optimizer.sketched=past"),
+    ),
+    "several": Bad(
+        "trainer.batch_size=0 ++optimizer.bettas=[0,0] activations.init=best",
+        ("3 problems", "trainer.batch_size=0", "did you mean optimizer.betas?", "activations.init=best"),
+    ),
+}
+
+GRAMMAR = {
+    "open bracket": Bad("trainer.batch_size=[1", ("trainer.batch_size=[1 cannot be read", "[ and ] do not match")),
+    "brackets": Bad("trainer.max_steps=][", ("trainer.max_steps=][ cannot be read", "quoted")),
+    "no value": Bad("trainer", ("trainer cannot be read", "write group=choice or key=value")),
+    "no key": Bad("=3", ("=3 cannot be read", "is not a key")),
+    "half a key": Bad("trainer.=3", ("trainer. before the = is not a key",)),
+    "tilde in a path": Bad("data.root=~/data", ("data.root=~/data", "'data.root=\"~/data\"'")),
+    "equals in a path": Bad("data.root=/a=b", ("data.root=/a=b", "'data.root=\"/a=b\"'")),
+    "comma in a path": Bad("data.root=/a,b", ("data.root=/a,b", "'data.root=\"/a,b\"'", "-m")),
+    "bracket in a path": Bad("data.root=/a(1)", ("data.root=/a(1)", "'data.root=\"/a(1)\"'")),
+    "open bracket in a path": Bad("data.root=/a(1", ("data.root=/a(1", "'data.root=\"/a(1\"'")),
+    "sweep without -m": Bad("trainer.batch_size=4,8", ("gives several values", "add -m")),
+    "glob without -m": Bad("task=glob(glue/s*)", ("task=glob(glue/s*) gives several values", "add -m")),
+    "open sweep": Bad("-m trainer.batch_size=range(1", ("trainer.batch_size=range(1", "( and ) do not match")),
+    "unknown function": Bad("-m seed=rnge(1,2)", ("seed=rnge(1,2)", "Unknown function 'rnge'")),
+    "empty sweep": Bad("-m seed=range(5,3)", ("seed=range(5,3)", "nothing would run")),
+    "glob of a list without a match": Bad("-m task=glob([manul])", ("task=glob([manul]) matches nothing", "manual")),
+    "glob that excludes all": Bad("-m task=glob(*,exclude=*)", ("task=glob(*,exclude=*) matches nothing", "manual")),
+    "glob without a match": Bad("-m task=glob(gleu/*)", ("matches nothing", "glue/sst2")),
+    "glob without a group": Bad("-m tsk=glob(*)", ("tsk=glob(*)", "tsk is none of", "task")),
+    "glob of a key": Bad("-m trainer.batch_size=glob(*)", ("trainer.batch_size is none of",)),
+    "empty glob": Bad("-m task=glob()", ("task=glob() cannot be read", "include")),
+    "unknown option": Bad("--frobnicate", ("unrecognized arguments: --frobnicate", "--help")),
+    "option without a value": Bad("--config-dir", ("--config-dir", "expected one argument")),
+    "one point of a sweep": Bad("-m seed=-1", ("seed=-1 is not valid",)),
+    "variable that is not set": Bad(
+        "trainer.max_steps=${oc.env:VELORA_NOT_SET}",
+        ("trainer.max_steps", "the environment variable VELORA_NOT_SET is not set"),
+    ),
+    "key that is not there": Bad("trainer.max_steps=${nope}", ("trainer.max_steps", "'nope' not found")),
+    "resolver that is not there": Bad("trainer.max_steps=${nope:1}", ("trainer.max_steps", "nope")),
+}
+
+FILES = {
+    "no such folder": Bad("--config-dir nowhere", ("--config-dir nowhere is not a folder",)),
+    "no YAML": Bad(MINE, ("mine/method/mine.yaml line 2", "expected ',' or ']'"), method_file("a: [1\nb: 2\n")),
+    "tabs": Bad(MINE, ("mine/method/mine.yaml line 1", "cannot start any token"), method_file("\tx: 1\n")),
+    "duplicate key": Bad(MINE, ("mine/method/mine.yaml line 2", "duplicate key a"), method_file("a: 1\na: 2\n")),
+    "unknown tag": Bad(MINE, ("mine/method/mine.yaml line 1", "'!mine'"), method_file("a: !mine 3\n")),
+    "object": Bad(MINE, ("mine.yaml line 1", "python/object"), method_file("a: !!python/object:os.system {}\n")),
+    "not text": Bad(MINE, ("mine/method/mine.yaml", "no UTF-8 text"), method_file(b"\xff\xfea: 1\n")),
+    "a list": Bad(MINE, ("method=['a'] is not valid", "method holds keys"), method_file("- a\n")),
+    "defaults that are none": Bad(MINE, ("method/mine", "defaults must be a list"), method_file("defaults: 3\n")),
+    "defaults without a file": Bad(
+        MINE, ("method/mine.yaml names method/nothing", "no such file"), method_file("defaults: [nothing]\n")
+    ),
+    "misspelt key in a file": Bad(
+        MINE,
+        ("activations.sub_tokensize is not a key", "activations.sub_token_size?"),
+        method_file(
+            "# @package _global_\ndefaults:\n  - override /activations: velora\n  - _self_\n"
+            "method: {name: mine}\nactivations: {sub_tokensize: 8}\n"
+        ),
+    ),
+    "misspelt key in an experiment": Bad(
+        "--config-dir mine experiment=e",
+        ("trainer.lr is not a key", "did you mean trainer.learning_rate?"),
+        {"mine/experiment/e.yaml": "# @package _global_\nexperiment: {name: e}\ntrainer: {lr: 1.0e-3}\n"},
+    ),
+    "unknown section in an experiment": Bad(
+        "--config-dir mine experiment=e",
+        ("trainr is not a key", "did you mean trainer?"),
+        {"mine/experiment/e.yaml": "# @package _global_\nexperiment: {name: e}\ntrainr: {max_steps: 1}\n"},
+    ),
+}
+
+PLUGIN_CLASS = "from velora.group import Adapter\nclass Mine(Adapter):\n    pass\n"
+PLUGIN = "adapter.kind=pack.plugin"
+
+
+def package(code: str, init: str = "") -> dict[str, str | bytes]:
+    return {"pack/__init__.py": init, "pack/plugin.py": code}
+
+
+PLUGINS = {
+    "raises": Bad(
+        PLUGIN, ("adapter.kind=pack.plugin", "plugin.py line 2 raises KeyError: 'x'"), package("\nraise KeyError('x')")
+    ),
+    "package raises": Bad(
+        PLUGIN, ("__init__.py line 1 raises ValueError: no"), package(PLUGIN_CLASS, "raise ValueError('no')")
+    ),
+    "syntax": Bad(PLUGIN, ("plugin.py line 1 is not valid Python",), package("class Mine(:\n")),
+    "lacks a package": Bad(
+        PLUGIN,
+        ("plugin.py line 1 needs the package package_that_is_not_there, which is not installed",),
+        package("import package_that_is_not_there\n"),
+    ),
+    "sys.exit": Bad(PLUGIN, ("plugin.py line 2 ends the program (sys.exit)",), package("import sys\nsys.exit(0)\n")),
+    "no class": Bad(PLUGIN, ("pack.plugin must define exactly one Adapter, it defines 0",), package("x = 1\n")),
+    "class in place of its module": Bad(
+        PLUGIN + ".Mine", ("is a class; give its module: adapter.kind=pack.plugin",), package(PLUGIN_CLASS)
+    ),
+    "its check raises": Bad(
+        PLUGIN,
+        ("plugin.py line 4 raises ZeroDivisionError",),
+        package(PLUGIN_CLASS.replace("    pass", "    def problems(self, config):\n        yield str(1 / 0)")),
+    ),
+    "its key": Bad(
+        PLUGIN + " +adapter.rnak=2",
+        ("adapter.rnak is not a key", "did you mean adapter.rank?"),
+        package(PLUGIN_CLASS.replace("pass", "rank: int = 1")),
+    ),
+}
+
+RANKS = {
+    "no number": Bad("", ("WORLD_SIZE=abc", "unset WORLD_SIZE"), environment={"WORLD_SIZE": "abc"}),
+    "no process": Bad("", ("WORLD_SIZE=0", "unset WORLD_SIZE"), environment={"WORLD_SIZE": "0"}),
+    "negative": Bad("", ("RANK=-1", "unset RANK"), environment={"RANK": "-1"}),
+    "LOCAL_RANK alone": Bad(
+        "", ("LOCAL_RANK=0 in the environment without WORLD_SIZE, RANK", "torchrun"), environment={"LOCAL_RANK": "0"}
+    ),
+    "RANK left over": Bad("", ("RANK=1", "without WORLD_SIZE", "or unset RANK"), environment={"RANK": "1"}),
+    "WORLD_SIZE left over": Bad("", ("WORLD_SIZE=4", "without RANK"), environment={"WORLD_SIZE": "4"}),
+    "no address": Bad(
+        "",
+        ("without MASTER_ADDR, MASTER_PORT", "torchrun"),
+        environment={"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+    ),
+    "rank too large": Bad(
+        "",
+        ("RANK=2", "must be below WORLD_SIZE"),
+        environment={
+            "WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"
+        },
+    ),
+}  # fmt: skip
+
+TABLES = {
+    "choices": CHOICES, "keys": KEYS, "values": VALUES, "together": TOGETHER, "grammar": GRAMMAR, "files": FILES,
+    "plugins": PLUGINS, "ranks": RANKS,
+}  # fmt: skip
+CASES = {f"{table}: {name}": bad for table, cases in TABLES.items() for name, bad in cases.items()}
+
+
+@pytest.fixture
+def velora_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs the console script in this process up to the point where it would train; gives exit status and stderr."""
+
+    def not_refused(*_: object) -> None:
+        raise AssertionError("the input was not refused: training would start")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it; this puts it back
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("velora.run.execute", not_refused)
+
+    def run(bad: Bad) -> tuple[int | str | None, str]:
+        for name, content in bad.files.items():
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for name, value in bad.environment.items():
+            monkeypatch.setenv(name, value)
+        for name in ("pack", "pack.plugin"):  # each case has its own
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr("sys.argv", ["velora-train", *bad.overrides.split()])
+        with pytest.raises(SystemExit) as ended:
+            train()
+        return ended.value.code, capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_one_sentence(velora_train, case: str, tmp_path: Path) -> None:
+    bad = CASES[case]
+    status, said = velora_train(bad)
+    assert status == 2, said
+    for part in bad.says:
+        assert part in said
+    assert len(said.splitlines()) == 1
+    assert re.match(r"velora-train: \S", said)
+    assert "Traceback" not in said
+    assert {path.name for path in (tmp_path / "runs").glob("*")} <= {".sweep"}  # which is Hydra's
+
+
+def test_a_process_of_torchrun_and_a_run_of_one_process_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from velora.processes import check_processes
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    check_processes()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    check_processes()
+    torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    check_processes()

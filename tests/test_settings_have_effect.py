@@ -1,0 +1,416 @@
+"""Every key of the configuration changes something: nothing is accepted and then not used.
+
+`EFFECTS` has an entry for every key of every section and of every kind of every group; a key without one fails
+`test_every_key_has_an_entry`. An entry says what another value changes:
+
+    Network(...)    weights, state or gradients after three training steps of the built network, or how it is built
+    Arguments(...)  the arguments of transformers' Trainer
+    Shapes(...)     the tensors of a batch, or the head
+    Read(...)       no more than what the source shows: the file that reads the key. For what needs a hub, a data folder or
+                    a whole run; other tests, named in it, show what it does
+    Label(...)      a text for people that goes into the record with the rest of the configuration
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from text_helpers import composed
+
+import velora
+from velora.build import build_network
+from velora.config import _SECTIONS, GROUPS, Config, _Run, validate
+from velora.group import part_class, shipped_kinds
+from velora.memory.batches import preprocessor_for_shapes
+
+SOURCE = Path(velora.__file__).parent
+SMALL = (
+    "model.architecture.hidden_size=32", "model.architecture.intermediate_size=48", "task.max_length=16",
+    "model.architecture.num_hidden_layers=2", "trainer.batch_size=4", "trainer.max_grad_norm=null",
+)  # fmt: skip
+TINY_VIT = ("task=digits", "method=full", "model.overrides={patch_size:8,embed_dim:32,depth:2,num_heads:2}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """`base`: overrides of both sides; `value`: the key's other one; `besides`: more overrides of the other side."""
+
+    value: Any
+    base: str = ""
+    vision: bool = False
+    besides: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Arguments:
+    value: Any
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    value: Any
+    base: str = ""
+
+
+@dataclass(frozen=True)
+class Read:
+    file: str
+
+
+class Label:
+    pass
+
+
+TRAINER = {
+    "num_epochs": Arguments(3.0, "trainer.max_steps=null trainer.num_epochs=2"),
+    "max_steps": Arguments(7),
+    "batch_size": Arguments(8),
+    "micro_batch_size": Arguments(2),
+    "eval_batch_size": Arguments(3),
+    "drop_last": Arguments(True),
+    "learning_rate": Arguments(0.5),
+    "weight_decay": Network(0.5),
+    "warmup_steps": Arguments(3, "trainer.warmup_ratio=0"),
+    "warmup_ratio": Arguments(0.5),
+    "schedule": Arguments("constant", "trainer.min_lr_ratio=0"),
+    "min_lr_ratio": Arguments(0.5),
+    "max_grad_norm": Arguments(0.5),
+    "precision": Arguments("bf16"),
+    "eval_every": Arguments(5),
+    "save_every": Arguments("end"),
+    "log_every": Arguments(3),
+    "num_workers": Arguments(2),
+    "compile": Arguments(True),
+    "save_model": Read("run.py"),  # test_run
+    "device": Read("device.py"),  # test_memory_cli
+    "measure_memory": Read("train.py"),  # test_run
+}
+
+SECTIONS = {
+    "name": Read("config.py"),  # the folder of the run: test_record
+    "seed": Network(5),
+    "runs_dir": Read("config.py"),  # likewise
+    "resume": Read("record.py"),
+    "overwrite": Read("record.py"),
+    "method.name": Label(),
+    "experiment.name": Label(),
+    "experiment.table": Label(),
+    "experiment.row": Label(),
+    "experiment.note": Label(),
+    "experiment.paper": Read("memory/explain.py"),  # test_paper, test_report
+    "data.root": Read("task/glue.py"),  # test_task_glue, test_vtab, test_task_c4
+    "wandb.mode": Arguments("disabled"),
+    "wandb.project": Read("run.py"),
+    "wandb.entity": Read("run.py"),
+    "wandb.tags": Read("tracker.py"),
+}
+
+GALORE, FLORA, LORA = "method=galore", "method=flora optimizer.scale_parameter=false", "method=lora"
+ADAMW_8BIT = "method=full optimizer=adamw_8bit"
+ADAFACTOR = "method=full optimizer=adafactor"
+VELORA = "method=velora activations.layers=[value,down] activations.sub_token_size=16"
+
+PARTS: dict[str, dict[str, Any]] = {
+    "weights=dense": {"dtype": Network("bf16")},
+    "weights=nf4": {
+        "quant_type": Network("fp4", "method=qlora"),
+        "double_quant": Network(False, "method=qlora"),
+        "dtype": Network("fp32", "method=qlora"),
+        "compute_dtype": Network("fp32", "method=qlora"),
+    },
+    "adapter=full": {},
+    "adapter=linear_probe": {},
+    "adapter=lora": {
+        "rank": Network(2, LORA),
+        "alpha": Network(3.0, LORA),
+        "dropout": Network(0.5, LORA),
+        "targets": Network(["down"], LORA),
+        "init": Network("olora", LORA),
+        "also_train": Network(["*.norm"], LORA),
+    },
+    "adapter=hydra": {
+        "rank": Network(2, "method=hydra"),
+        "scale": Network(3.0, "method=hydra"),
+        "dropout": Network(0.5, "method=hydra"),
+        "targets": Network(["up"], "method=hydra"),
+        "per_task": Network({"manual": {"scale": 3.0, "dropout": 0.0}}, "method=hydra"),
+        "also_train": Network(["*.norm"], "method=hydra"),
+    },
+    "adapter=ssf": {
+        "targets": Network(["value"], "method=ssf"),
+        "also_train": Network(["*.norm"], "method=ssf adapter.targets=[value]"),
+    },
+    "optimizer=adamw": {
+        "betas": Network([0.5, 0.9]),
+        "eps": Network(0.1),
+        "fused": Network(True),
+    },
+    "optimizer=adamw_8bit": {
+        "betas": Network([0.5, 0.9], ADAMW_8BIT),
+        "eps": Network(0.1, ADAMW_8BIT),
+        "min_8bit_size": Network(1, ADAMW_8BIT),
+    },
+    "optimizer=adafactor": {
+        "beta1": Network(0.5, ADAFACTOR),
+        "eps": Network([0.1, 1e-3], ADAFACTOR),
+        "clip_threshold": Network(0.1, ADAFACTOR),
+        "decay_rate": Network(-0.1, ADAFACTOR),
+        "scale_parameter": Network(True, ADAFACTOR),
+    },
+    "optimizer=galore": {
+        "layers": Network(["value"], GALORE),
+        "rank": Network(2, GALORE),
+        "layerwise": Network(True, GALORE),
+        "update_proj_gap": Network(1, GALORE),
+        "scale": Network(3.0, GALORE),
+        "proj_type": Network("full", GALORE),
+        "svd": Network("randomized", GALORE),
+        "bits": Network(8, GALORE),
+        "betas": Network([0.5, 0.9], GALORE),
+        "eps": Network(0.1, GALORE),
+    },
+    "optimizer=flora": {
+        "layers": Network(["value"], FLORA),
+        "rank": Network(2, FLORA),
+        "layerwise": Network(True, FLORA),
+        "kappa": Network(1, FLORA),
+        "beta1": Network(0.5, FLORA),
+        "sketched": Network("all", FLORA),
+        "eps": Network([0.1, 1e-3], FLORA),
+        "clip_threshold": Network(0.1, FLORA),
+        "decay_rate": Network(-0.1, FLORA),
+        "scale_parameter": Network(True, FLORA),
+    },
+    "optimizer=lomo": {"max_grad_value": Network(1e-4, "method=full optimizer=lomo")},
+    "activations=exact": {},
+    "activations=checkpoint": {"use_reentrant": Network(True, "method=checkpoint")},
+    "activations=velora": {
+        "layers": Network(["down"], VELORA),
+        "sub_token_size": Network(8, VELORA),
+        "num_groups": Network(2, VELORA, besides=(("activations.sub_token_size", None),)),
+        "init": Network("svd", VELORA),
+        "scale": Network(3.0, VELORA),
+    },
+    "model=llama": {
+        "name": Label(),
+        "path": Read("model/_pretrained.py"),  # test_hub
+        "pretrained": Read("model/_pretrained.py"),  # test_hub
+        "roles": Network({"value": ["q_proj"], "down": ["down_proj"]}, VELORA),
+        "tokenizer": Read("tokenizer.py"),  # test_tokenizer
+        "tokenizer_folder": Read("tokenizer.py"),  # test_tokenizer
+        "architecture": Network({"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}),
+        "attention": Network("eager"),
+    },
+    "model=vit": {
+        "name": Label(),
+        "path": Read("model/vit.py"),  # test_vit
+        "pretrained": Read("model/vit.py"),  # test_vit
+        "roles": Network({"value": ["mlp.fc1"], "down": ["mlp.fc2"]}, VELORA, vision=True),
+        "timm_name": Network("deit_tiny_distilled_patch16_224", vision=True),
+        "image_size": Network(64, vision=True),
+        "drop_path": Network(0.9, vision=True),
+        "normalization": Network("imagenet", vision=True),
+        "overrides": Network({"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}, vision=True),
+    },
+    "task=manual": {"name": Label(), "max_length": Shapes(32), "published_eval_batch_size": Read("task/manual.py")},
+    "task=topics": {
+        "name": Label(),
+        "max_length": Shapes(32, "task=topics method=full"),
+        "num_topics": Shapes(6, "task=topics method=full"),
+    },
+    "task=digits": {"name": Label(), "protocol": Read("task/digits.py")},  # test_digits
+    "task=embedded": {"name": Label(), "options": Shapes({"manual": {"max_length": 32}}, "task=embedded")},
+    "task=c4": {
+        "name": Label(),
+        "packing": Shapes("pack", "task=c4"),
+        "max_length": Shapes(32, "task=c4"),
+        **{key: Read("task/c4.py") for key in (  # test_task_c4
+            "folder", "eval_tokens", "published_eval_batch_size", "data_seed", "shuffle_buffer", "hub", "hub_subset", "revision",
+        )},
+    },
+    "task=glue": {
+        "name": Read("task/glue.py"),  # which of the nine tasks it is
+        "max_length": Shapes(32, "task=glue/sst2 method=full"),
+        **{key: Read("task/glue.py") for key in ("folder", "train_size", "eval_size", "hub", "revision")},
+    },
+    "task=vtab": {
+        "name": Label(),
+        "num_classes": Shapes(7, "task=vtab/svhn method=full"),
+        **{key: Read("task/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
+    },
+}  # fmt: skip
+PARTS["model=encoder"] = {**PARTS["model=llama"], "roles": Read("activations/velora.py")}
+PARTS["model=encoder"] |= {key: Read("model/_pretrained.py") for key in ("architecture", "attention")}
+PARTS["model=minilm"] = {
+    **PARTS["model=encoder"],
+    **{key: Read("model/minilm.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused
+}
+
+EFFECTS: dict[str, Any] = {
+    **SECTIONS,
+    **{f"trainer.{key}": effect for key, effect in TRAINER.items()},
+    **{f"{part}.{key}": effect for part, effects in PARTS.items() for key, effect in effects.items()},
+}
+
+
+def every_key() -> Iterator[str]:
+    yield from _Run.model_fields
+    for section, cls in _SECTIONS.items():
+        yield from (f"{section}.{key}" for key in cls.model_fields)
+    for group, base in GROUPS.items():
+        for kind in shipped_kinds(group):
+            keys = part_class(group, kind, base).model_fields
+            yield from (f"{group}={kind}.{key}" for key in keys if key != "kind")
+
+
+def entries(form: type) -> list[Any]:
+    return [key for key, effect in EFFECTS.items() if type(effect) is form]
+
+
+def test_every_key_has_an_entry() -> None:
+    keys = set(every_key())
+    assert keys - EFFECTS.keys() == set(), "keys without an entry in EFFECTS"
+    assert EFFECTS.keys() - keys == set(), "entries for keys that are not there"
+
+
+@functools.cache
+def _composed(*overrides: str) -> Config:
+    return composed(*overrides)
+
+
+def both(key: str, effect: Any, *overrides: str) -> tuple[Config, Config]:
+    """The configuration of an entry, and the same one with the key's other value."""
+    base = _composed(*overrides, *effect.base.split())
+    raw = copy.deepcopy(base.raw)
+    group, _, field = key.partition(".")
+    for path, value in (
+        (f"{group.partition('=')[0]}.{field}" if field else key, effect.value),
+        *getattr(effect, "besides", ()),
+    ):
+        section, _, name = path.rpartition(".")
+        target = raw[section] if section else raw
+        assert target.get(name) != value, f"{path} has this value already"
+        target[name] = value
+    return base, validate(raw)
+
+
+@pytest.mark.parametrize("key", entries(Network))
+def test_it_changes_the_network_or_its_training(key: str) -> None:
+    effect = EFFECTS[key]
+    if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "qlora" in effect.base:
+        pytest.importorskip("bitsandbytes", minversion="0.50")
+    overrides = TINY_VIT if effect.vision else ("method=full", *SMALL)
+    if "method=" in effect.base:
+        overrides = tuple(override for override in overrides if override != "method=full")
+    one, other = both(key, effect, *overrides)
+    assert _trained(one) == _trained(one), "three steps are not reproducible, so they show nothing"
+    assert _trained(one) != _trained(other)
+
+
+def _trained(config: Config) -> Any:
+    """A digest of all that three training steps leave, of the gradients that lie there, and of how the network was built."""
+    network, changes = build_network(config, config.task.head(config), preprocessor := preprocessor_for_shapes(config))
+    network.train()
+    torch.manual_seed(0)
+    batches = [_batch(config) for _ in range(3)]
+    config.activations.calibrate(network, batches[0])
+    optimizer = config.optimizer.build(network, config)
+    digest = hashlib.sha256()
+    for batch in batches:
+        network(**batch).loss.backward()
+        _add(digest, [p.grad for p in network.parameters()])
+        optimizer.step()
+        config.activations.after_step(network)
+        optimizer.zero_grad()
+    _add(digest, [*network.parameters(), *network.buffers()])
+    _add(digest, list(optimizer.state.values()))
+    options = [{k: v for k, v in group.items() if k == "fused"} for group in optimizer.param_groups]
+    settings = getattr(getattr(network, "config", None), "_attn_implementation", None)
+    again = next(
+        (m._gradient_checkpointing_func for m in network.modules() if hasattr(m, "_gradient_checkpointing_func")), None
+    )
+    built = [preprocessor.describe() if hasattr(preprocessor, "describe") else None, getattr(again, "keywords", None)]
+    return digest.hexdigest(), changes, str(options), settings, str(built)
+
+
+def _batch(config: Config) -> dict[str, torch.Tensor]:
+    batch = {}
+    for name, (shape, dtype) in config.task.batch_shapes(4, config).items():
+        whole = not getattr(torch, dtype).is_floating_point
+        batch[name] = torch.randint(1, 10, shape) if whole else torch.randn(shape)
+    return batch
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, dict):
+        value = [item for _, item in sorted(value.items(), key=lambda pair: str(pair[0]))]
+    if isinstance(value, list | tuple):
+        for item in value:
+            _add(digest, item)
+    elif isinstance(value, torch.Tensor):
+        plain = value.detach().contiguous()
+        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.ndim else str(plain.item()).encode())
+        if hasattr(value, "quant_state"):
+            _add(digest, [value.quant_state.absmax, str(value.quant_state.dtype)])
+    else:
+        digest.update(str(value).encode() if isinstance(value, str | int | float | type(None)) else b"?")
+
+
+@pytest.mark.parametrize("key", entries(Arguments))
+def test_it_changes_the_arguments_of_the_trainer(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (
+        _arguments(config, tmp_path) for config in both(key, EFFECTS[key], *SMALL, "trainer.max_grad_norm=1.0")
+    )
+    assert one != other
+
+
+def _arguments(config: Config, folder: Path) -> dict[str, Any]:
+    from velora.arguments import training_arguments
+    from velora.order import StepBatches
+
+    trainer = config.trainer
+    arguments = training_arguments(config, folder, trainer.eval_every).to_dict()
+    batches = StepBatches(
+        1000, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last, seed=config.seed, rank=0, num_processes=1
+    )  # fmt: skip
+    return {**arguments, "batches": list(batches)}
+
+
+@pytest.mark.parametrize("key", entries(Shapes))
+def test_it_changes_the_batch_or_the_head(key: str) -> None:
+    one, other = both(key, EFFECTS[key])
+    assert _shapes(one) != _shapes(other)
+
+
+def _shapes(config: Config) -> Any:
+    return config.task.batch_shapes(4, config), config.task.head(config)
+
+
+@pytest.mark.parametrize("key", entries(Read))
+def test_it_is_read(key: str) -> None:
+    """`<section>.<field>` or `self.<field>` stands in an expression of the file (a declaration is none)."""
+    file, field = EFFECTS[key].file, key.rpartition(".")[2]
+    tree = ast.parse((SOURCE / file).read_text())
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    read |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert field in read
+
+
+def test_labels_stand_in_the_composed_configuration_which_the_record_holds() -> None:
+    raw = _composed("experiment=table1/velora", "+experiment.note=why").raw
+    for key in (entry.values[0] for entry in entries(Label)):
+        section, _, field = (
+            key.partition("=")[0].partition(".") if "=" not in key else (key.partition("=")[0], "", "name")
+        )
+        assert raw[section][field]

@@ -1,0 +1,217 @@
+"""One section of the composed configuration, read strictly; what is wrong becomes sentences that name key, value and remedy.
+
+A configuration is YAML, so it is checked as strict JSON is: `true` is no number, `1.0` no integer, `"16"` a text, and
+no number is infinite or NaN. A list serves for a tuple, a text for a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from velora.errors import ConfigError
+
+T = TypeVar("T", bound=BaseModel)
+
+# Keys that were renamed, with what to give now.
+_RENAMED = {
+    "trainer.gradient_accumulation_steps": "give trainer.micro_batch_size, the examples of one forward; trainer.batch_size "
+    "are those of a whole optimiser step"
+}
+
+# What other programs call our keys.
+_SYNONYMS = {
+    "trainer.learning_rate": ("lr", "base_lr", "max_lr", "peak_lr"),
+    "trainer.num_epochs": ("epochs", "n_epochs", "num_train_epochs", "max_epochs"),
+    "trainer.max_steps": ("steps", "num_steps", "iterations", "max_iters", "total_steps", "num_training_steps"),
+    "trainer.batch_size": ("bs", "train_batch_size", "total_batch_size", "global_batch_size"),
+    "trainer.micro_batch_size": (
+        "grad_accum", "accum", "accumulation_steps", "grad_accumulation_steps", "gradient_accumulation",
+        "gradient_accumulation_steps", "per_device_train_batch_size", "per_device_batch_size",
+    ),
+    "trainer.eval_batch_size": ("per_device_eval_batch_size", "eval_bs", "val_batch_size"),
+    "trainer.weight_decay": ("wd", "decay"),
+    "trainer.warmup_steps": ("warmup", "num_warmup_steps"),
+    "trainer.schedule": ("scheduler", "lr_scheduler", "lr_schedule", "lr_scheduler_type"),
+    "trainer.min_lr_ratio": ("min_lr", "min_learning_rate"),
+    "trainer.max_grad_norm": ("clip", "grad_clip", "grad_clipping", "clip_grad_norm", "max_norm", "gradient_clip_val"),
+    "trainer.precision": ("fp16", "bf16", "amp", "mixed_precision"),
+    "trainer.eval_every": ("eval_steps", "eval_strategy", "evaluation_strategy", "eval_interval"),
+    "trainer.save_every": ("save_steps", "save_strategy", "save_interval"),
+    "trainer.log_every": ("logging_steps", "log_steps", "log_interval"),
+    "trainer.num_workers": ("workers", "dataloader_num_workers"),
+    "weights.dtype": ("torch_dtype",),
+    "adapter.rank": ("r", "lora_r", "lora_rank"),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.dropout": ("lora_dropout",),
+    "adapter.targets": ("target_modules",),
+    "data.root": ("data_dir", "data_path", "dataset_path"),
+    "runs_dir": ("output_dir", "out", "outdir"),
+    "model.path": ("model_name_or_path", "checkpoint"),
+}  # fmt: skip
+_OUR_NAMES = {name: key for key, names in _SYNONYMS.items() for name in names}
+
+
+def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | None] = lambda key: None) -> T:
+    """Read one section; ConfigError has a sentence for everything that is wrong in it.
+
+    `explain` may have a better sentence on an unknown key than that it is unknown.
+    """
+    if value is None:
+        raise ConfigError(f"{prefix} is missing")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{prefix}={shown(value)} is not valid: {prefix} holds keys; give {prefix}.<key>=...")
+    if problems := list(_unusable(value, prefix)):
+        raise ConfigError("; ".join(problems))
+    try:
+        return cls.model_validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        known = sorted(_join(prefix, name) for name in cls.model_fields)
+        sentences = _sentences(error, value, prefix, lambda key: explain(key) or unknown_key(key, known))
+        raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it, cut to what a sentence can hold."""
+    text = json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    if key in _RENAMED:
+        return f"{key} is no key any more: {_RENAMED[key]}"
+    section, _, name = key.rpartition(".")
+    ours = _OUR_NAMES.get(name)
+    if ours in known and ours.startswith(section):
+        return f"{key} is not a key; did you mean {ours}?"
+    beside = {other.rpartition(".")[2]: other for other in known if section and other.rpartition(".")[0] == section}
+    close = [beside[name] for name in difflib.get_close_matches(name, beside, n=1)]
+    if not beside:  # the section is wrong, or left out
+        close = difflib.get_close_matches(key, [other for other in known if other != section], n=1)
+    if close:
+        return f"{key} is not a key; did you mean {close[0]}?"
+    if len(known) > 20:
+        return f"{key} is not a key of this configuration; `--cfg job` prints it whole"
+    return f"{key} is not a key; known keys here: {', '.join(known)}"
+
+
+def unknown_value(group: str, value: str, known: list[str]) -> str:
+    """`known` values below a folder that was named in place of one of them are all that is listed of a long list."""
+    inside = [name for name in known if name.startswith(f"{value}/")]
+    if value and inside:
+        return f"{group}={value} is a folder; choose one of {', '.join(inside)}"
+    close = difflib.get_close_matches(value, known, n=1)
+    hint = f"did you mean {close[0]}? It" if close else "it"
+    return f"{group}={value} is not known; {hint} is one of {one_of(known)}"
+
+
+def one_of(known: list[str]) -> str:
+    """The values of a group for a sentence; of a long list each folder stands once."""
+    if len(known) > 40:
+        known = sorted({f"{name.partition('/')[0]}/..." if "/" in name else name for name in known})
+    return ", ".join(known)
+
+
+def listing(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
+
+
+def _sentences(error: ValidationError, value: Any, prefix: str, unknown: Callable[[str], str]) -> Iterator[str]:
+    found: dict[tuple[Any, ...], list[Any]] = {}
+    for item in error.errors(include_url=False):
+        found.setdefault(_path(value, item), []).append(item)
+    for path, items in found.items():
+        if any(len(other) > len(path) and other[: len(path)] == path for other in found):
+            continue  # one form of several that the value may have; another says what is wrong inside it
+        key, first = _join(prefix, *path), items[0]
+        if first["type"] == "extra_forbidden":
+            yield unknown(key)
+        elif first["type"] == "missing":
+            yield f"{key} is missing"
+        elif first["type"] == "value_error":
+            yield str(first["ctx"]["error"])
+        else:
+            yield f"{key}={shown(first['input'])} is not valid: {_wanted(items)}{_hint(key, first)}"
+
+
+def _path(value: Any, item: Any) -> tuple[Any, ...]:
+    """Where in the value the problem is: pydantic's location without the names of the forms that a value may have."""
+    path = []
+    for step in item["loc"]:
+        inside = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int)
+        if inside and (isinstance(value, dict) or step < len(value)):
+            path.append(step)
+            value = value[step]
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
+
+
+_OTHER_WORDS = {
+    "list_type": "a list, like [a,b]",
+    "tuple_type": "a list, like [a,b]",
+    "path_type": "a path",
+    "string_type": "a text",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "dict_type": "keys with values, like {a: 1}",
+    "model_type": "keys with values, like {a: 1}",
+    "model_attributes_type": "keys with values, like {a: 1}",
+}
+
+
+def _wanted(items: list[Any]) -> str:
+    """What the value should be; several sentences where it may have one of several forms."""
+    texts = [_OTHER_WORDS.get(item["type"]) or item["msg"].removeprefix("Input should be ") for item in items]
+    texts = list(dict.fromkeys(texts))
+    if all(item["msg"].startswith("Input ") for item in items):
+        return f"input should be {' or '.join(texts)}"
+    return " or ".join(text[0].lower() + text[1:] for text in texts)
+
+
+def _hint(key: str, item: Any) -> str:
+    value = item["input"]
+    if item["type"] in ("string_type", "path_type") and isinstance(value, int | float):
+        written = f'"{shown(value)}"'
+        inside = isinstance(item["loc"][-1], int)  # of a list
+        return f"; if it is a text, write it in quotes: {written if inside else shlex.quote(f'{key}={written}')}"
+    if item["type"] in ("int_type", "float_type", "bool_type") and isinstance(value, str) and _is_number(value):
+        return "; leave out the quotes, and read a variable of the environment with ${oc.decode:${oc.env:NAME}}"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
+
+
+def _unusable(value: Any, key: str) -> Iterator[str]:
+    """Values that no key takes, wherever they stand; `key=` with nothing behind it is most often a variable that is not set."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}={value} is not valid: it must be a finite number"
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        yield f"{key}={value} is not valid: an integer must lie within 64 bits"
+    elif value == "":
+        yield f"{key}= is empty; give a value, or leave it out"
+    inner: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, list | tuple):
+        inner = enumerate(value)
+    for name, item in inner:
+        yield from _unusable(item, _join(key, name))
+
+
+def _join(*parts: Any) -> str:
+    return ".".join(str(part) for part in parts if part != "")
