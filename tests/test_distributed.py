@@ -75,6 +75,7 @@ def worker(rank: int, port: int, folder: str) -> None:
             model = wrap(build(init), wrapper)
             results[wrapper, init] = run_steps(model, [joint_batch(step)[rank] for step in range(2)])
     results["empty on one rank"] = calibrate_with_an_empty_rank(rank)
+    results["experts"] = calibrate_experts(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -88,6 +89,23 @@ def calibrate_with_an_empty_rank(rank: int) -> dict[str, Tensor]:
     except ConfigError:  # on all ranks, so that none waits for another
         return {"direction": model[0].direction.clone()}
     raise AssertionError("an input of zeros gives no direction")
+
+
+def calibrate_experts(rank: int) -> dict[str, bool]:
+    """Half-precision experts behind DDP: rank 0 sends its tokens to the first, rank 1 to the second, nobody to the third."""
+
+    class Experts(nn.ModuleList):
+        def forward(self, x: Tensor, expert: int) -> Tensor:
+            return self[expert](x)
+
+    experts = Experts([nn.Linear(WIDTH, 8) for _ in range(3)]).bfloat16()
+    apply_velora(experts, "*", sub_token_size=SIZE)
+    model = DistributedDataParallel(experts, find_unused_parameters=True)
+    with pytest.warns(UserWarning, match=r"no batch reached module\.2: "):
+        calibrate(model, (joint_batch(0)[rank].bfloat16(), rank))
+    model(joint_batch(1)[rank].bfloat16(), 1 - rank).sum().backward()
+    assert all(layer.direction.dtype == torch.float32 for layer in experts)
+    return {str(i): layer.has_direction() for i, layer in enumerate(experts)}
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +152,7 @@ def test_a_rank_without_tokens_takes_the_others_direction(results):
     expected = reference.fixed_average(reference.array(joint_batch(0)[1]), SIZE)
     for rank in results:
         assert abs(rank["empty on one rank"]["direction"].double().numpy() - expected).max() < 1e-7  # fp32
+
+
+def test_all_ranks_agree_which_layers_compress(results):
+    assert results[0]["experts"] == results[1]["experts"] == {"0": True, "1": True, "2": False}
