@@ -88,6 +88,20 @@ def test_sums_over_tokens_are_in_float32(shape):
     assert torch.equal(sum_over_tokens(torch.empty(0, 2).bfloat16(), torch.empty(0, 3).bfloat16()), torch.zeros(2, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(65_536, 64), (3, 65_536, 8)])
+def test_sums_over_tokens_are_in_float32_on_cuda(shape, dtype):
+    a = torch.rand(shape, device="cuda").to(dtype)
+    b = torch.rand(*shape[:-1], 16, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype=dtype):
+        got = sum_over_tokens(a, b)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(
+        got.double(), a.double().mT @ b.double(), rtol=1e-4, atol=0
+    )  # a half would be off by 1e-3
+
+
 def test_compress_and_reconstruct_equal_the_loops():
     x, v = torch.randn(5, 12, dtype=torch.float64), unit(4)
     z = compress(x, v)

@@ -6,12 +6,14 @@
 
 An adapter that PEFT made is kept in PEFT's format (adapter_config.json, adapter_model.safetensors), so that
 `PeftModel.from_pretrained(network, folder)` reads it too. Every other one is `adapter.safetensors`: the trained
-parameters under their names in the network. Wrappers (torch.compile, DDP) around the network or parts of it are seen through.
+parameters under their names in the network. Wrappers (torch.compile, DDP) around the network or parts of it are seen
+through; a network that fully_shard has sharded is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +27,23 @@ from velora.swap import unwrap, unwrapped
 FILE = "adapter.safetensors"
 
 
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[nn.Module]:
+    """The network without wrappers; ConfigError where this process holds only parts of its parameters."""
+    with unwrapped(model) as network:
+        _refuse_sharded(network)
+        yield network
+
+
+def _refuse_sharded(network: nn.Module) -> None:
+    sharded = [name for name, parameter in network.named_parameters() if hasattr(parameter, "placements")]
+    if sharded:
+        raise ConfigError(
+            f"{sharded[0]} and {len(sharded) - 1} other parameters are sharded over processes (fully_shard); gather them "
+            "into a network that is not, with torch.distributed.checkpoint.state_dict.get_model_state_dict"
+        )
+
+
 def _is_peft(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
@@ -33,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write the parameters that train to `folder`, and nothing of what is frozen; VeLoRA's directions are left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with unwrapped(model) as network:
+    with _whole(model) as network:
         if _is_peft(network):
             parameters = dict(network.named_parameters(remove_duplicate=False))
             network.save_pretrained(str(folder), state_dict=parameters, save_embedding_layers=False)  # type: ignore[operator]
@@ -50,7 +69,7 @@ def save_network(model: nn.Module, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with unwrapped(model) as network:
+    with _whole(model) as network:
         own = {f"{name}.{buffer}" for name in velora_layers(network) for buffer in BUFFERS}
         state = {name: tensor for name, tensor in network.state_dict().items() if name not in own}
         if hasattr(network, "save_pretrained"):
@@ -71,7 +90,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     Raises ConfigError where a file is missing, cannot be read, holds inf or NaN, or belongs to another adapter or network;
     the network is untouched then.
     """
-    with unwrapped(model) as network:
+    with _whole(model) as network:
         if _is_peft(network):
             _load_into_peft(network, Path(folder))
             return
@@ -134,6 +153,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     from velora.apply import remove_velora
 
     model, _ = unwrap(model)
+    _refuse_sharded(model)
     remove_velora(model)
     if _is_peft(model):
         _merge_into_quantised(model)
