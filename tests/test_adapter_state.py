@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import adapters
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from velora import apply_velora, calibrate
 from velora.adapter.linear_probe import LinearProbe
-from velora.adapter_state import load_adapter, merge_adapter, save_adapter
+from velora.adapter_state import load_adapter, merge_adapter, save_adapter, save_network
+from velora.apply import velora_layers
 from velora.errors import ConfigError
 from velora.nn.twin import VeloraTwin
 
@@ -71,6 +74,128 @@ def test_saved_alone_and_loaded_into_a_fresh_network(name, family, tmp_path):
     again = adapted(family, name, seed=1)
     load_adapter(again, tmp_path)
     assert torch.equal(adapters.logits(again.eval(), inputs), adapters.logits(model.eval(), inputs))
+
+
+WRAPPERS = {
+    "compile": lambda model: torch.compile(model, backend="aot_eager"),
+    "DataParallel": torch.nn.DataParallel,
+    "both": lambda model: torch.nn.DataParallel(torch.compile(model, backend="aot_eager")),
+}
+
+
+def compiled_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    """Compile each block by itself, as accelerate does it to save time."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(("layers.0", "layers.1")):
+            model.set_submodule(name, torch.compile(module, backend="aot_eager"))
+    return model
+
+
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, "blocks"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_wrappers_are_seen_through(name, wrapper, tmp_path):
+    wrap = WRAPPERS.get(wrapper, compiled_blocks)
+    model, inputs = adapted("llama", name), adapters.batch("llama")
+    adapters.perturb(model)
+    names = set(dict(model.named_parameters()))
+    save_adapter(model, tmp_path / "plain")
+    save_network(model, tmp_path / "network")
+    outputs = adapters.logits(model.eval(), inputs)
+    wrapped = wrap(model)
+    save_adapter(wrapped, tmp_path / "wrapped")
+    save_network(wrapped, tmp_path / "wrapped_network")
+    for plain, other in (("plain", "wrapped"), ("network", "wrapped_network")):
+        (file,) = (tmp_path / plain).glob("*.safetensors")
+        mine, theirs = load_file(tmp_path / other / file.name), load_file(file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    again = adapted("llama", name, seed=1)
+    load_adapter(wrap(again), tmp_path / "plain")
+    for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    if wrapper == "blocks":
+        assert any("_orig_mod" in key for key, _ in wrapped.named_parameters())  # compiled as before
+    merged = merge_adapter(wrapped)
+    assert not any("_orig_mod" in key or key.startswith("module.") for key, _ in merged.named_parameters())
+    assert names - set(dict(merged.named_parameters()))
+    torch.testing.assert_close(adapters.logits(merged, inputs), outputs, rtol=0, atol=1e-6)  # fp32
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")  # PEFT 0.21 takes a direction under lora_A for a shard
+@pytest.mark.parametrize("velora", [False, True])
+def test_directions_in_a_file_of_peft_are_passed_over(velora, tmp_path):
+    model = adapted("llama", "lora")
+    adapters.perturb(model)
+    apply_velora(model, ["value", "down"], sub_token_size=8, init="running_average")
+    calibrate(model, adapters.batch("llama"))
+    model.save_pretrained(str(tmp_path))
+    assert any(key.endswith("direction") for key in load_file(tmp_path / "adapter_model.safetensors"))
+    again = adapted("llama", "lora", seed=1)
+    if velora:
+        apply_velora(again, ["value", "down"], sub_token_size=16)
+    load_adapter(again, tmp_path)
+    inputs = adapters.batch("llama")
+    assert torch.equal(adapters.logits(again.eval(), inputs), adapters.logits(model.eval(), inputs))
+    assert not any(layer.has_direction() for layer in velora_layers(again).values())
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(adapters.network("llama"), tmp_path)
+    assert torch.equal(adapters.logits(theirs.eval(), inputs), adapters.logits(model.eval(), inputs))
+
+
+def test_every_adapter_of_a_peft_model_is_saved_and_loaded(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def two(seed: int) -> torch.nn.Module:
+        model = adapted("llama", "lora", seed=seed)
+        torch.manual_seed(seed)
+        model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj"], r=2))
+        adapters.perturb(model, seed)
+        model.set_adapter("second")
+        adapters.perturb(model, seed)
+        return model
+
+    model, again, inputs = two(1), two(2), adapters.batch("llama")
+    save_adapter(model, tmp_path)
+    load_adapter(again, tmp_path)
+    for name in ("default", "second"):
+        for each in (model, again):
+            each.set_adapter(name)
+        assert torch.equal(adapters.logits(again.eval(), inputs), adapters.logits(model.eval(), inputs))
+
+
+@pytest.mark.parametrize("name", ["lora", "hydra"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "junk", "nan", "inf"])
+def test_damaged_files_are_one_sentence_and_change_nothing(name, damage, tmp_path):
+    model = adapted("llama", name)
+    adapters.perturb(model)
+    save_adapter(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    content = file.read_bytes()
+    if damage in ("nan", "inf"):
+        tensors = load_file(file)
+        next(iter(tensors.values())).view(-1)[0] = float(damage)
+        save_file(tensors, file)
+    else:
+        file.write_bytes({"cut": content[:-7], "empty": b"", "junk": b"<html>" * 100}[damage])
+    adapters.perturb(model, seed=2)
+    before = {key: tensor.clone() for key, tensor in adapters.trained(model).items()}
+    sentence = "holds inf or NaN in 1 of its parameters" if damage in ("nan", "inf") else "cannot be read"
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))} {sentence}") as refused:
+        load_adapter(model, tmp_path)
+    assert "\n" not in str(refused.value)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapters.trained(model).items())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_merging_over_four_bits_adds_each_adapter_once(merged):
+    """PEFT may have folded the adapter in already."""
+    model = adapted("llama", "lora", adapters.nf4())
+    adapters.perturb(model)
+    inputs = adapters.batch("llama")
+    if merged:
+        model.merge_adapter()
+    before = adapters.logits(model.eval(), inputs)
+    torch.testing.assert_close(adapters.logits(merge_adapter(model), inputs), before, rtol=0, atol=1e-6)  # fp32
 
 
 def test_peft_reads_what_lora_saved(tmp_path):

@@ -185,6 +185,62 @@ def test_unknown_architecture_says_what_to_give():
     assert apply_velora(nn.ModuleDict({"wrapped": model}), ["value"], sub_token_size=4).layers[0].name == "wrapped.0"
 
 
+def test_modules_in_place_of_names_are_refused_with_their_names():
+    model = mlp(8, 8)
+    name = r"Linear: an entry is a role or a glob pattern .* give the name of the module \('0'\)"
+    for layers in ([model[0]], model[0], ["0", model[0]]):
+        with pytest.raises(ConfigError, match=name):
+            apply_velora(model, layers, sub_token_size=4)
+    with pytest.raises(ConfigError, match="layers: int: an entry is a role or a glob pattern"):
+        apply_velora(model, [0], sub_token_size=4)
+
+
+def test_all_of_an_unknown_architecture_says_what_to_give():
+    with pytest.raises(ConfigError) as refused:
+        apply_velora(mlp(8, 8), "all", sub_token_size=4)
+    assert str(refused.value) == (
+        "layers: 'all' stands for all roles, and the architecture of Sequential is not in velora/roles.py; give "
+        "roles={'value': ['*.v_proj'], ...} (the key model.roles), or glob patterns of module names"
+    )
+
+
+def test_a_compiled_model_is_changed_under_its_compilation():
+    inner, plain, exact, x = mlp(8, 8), mlp(8, 8), mlp(8, 8), torch.randn(3, 8)
+    compiled = torch.compile(inner, backend="aot_eager")
+
+    def gradient(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        model(x).sum().backward()
+        return next(model.parameters()).grad.clone()
+
+    torch.testing.assert_close(gradient(compiled), gradient(exact), rtol=0, atol=1e-6)  # fp32
+    for model in (compiled, plain):
+        apply_velora(model, "0", sub_token_size=4, init="random")
+    with pytest.raises(ConfigError, match="0: it is a VeLoRA layer already; call remove_velora"):
+        apply_velora(compiled, "0", sub_token_size=4)
+    assert torch.equal(inner[0].direction, plain[0].direction)  # drawn for the layer's name, the plain one
+    torch.testing.assert_close(gradient(compiled), gradient(plain), rtol=0, atol=1e-6)
+    remove_velora(compiled)
+    torch.testing.assert_close(gradient(compiled), gradient(exact), rtol=0, atol=1e-6)
+
+
+def test_two_layers_with_one_weight():
+    first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+    second.weight = first.weight
+    model, x = nn.Sequential(first, nn.GELU(), second), torch.randn(3, 8)
+    apply_velora(model, "2", sub_token_size=8)
+    calibrate(model, x)
+    assert model[0].weight is model[2].weight
+    inner = torch.nn.functional.gelu(first(x)).detach()
+    model(x).sum().backward()
+    alone = nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU())
+    alone[0].weight.data.copy_(first.weight)
+    (alone(x) @ first.weight.detach().T).sum().backward()
+    v = torch.nn.functional.normalize(inner.mean(0), dim=0)
+    expected = alone[0].weight.grad + (inner @ v).sum() * v  # dy is one everywhere
+    torch.testing.assert_close(first.weight.grad, expected, rtol=0, atol=1e-5)  # fp32
+
+
 def test_twice_patched_and_quantised_layers_are_refused():
     model = mlp(8, 8, 8, 8)
     apply_velora(model, "0", sub_token_size=4)
@@ -251,6 +307,38 @@ def test_remove_velora_gives_the_plain_model_back():
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(mine.grad, theirs.grad)
     apply_velora(model, ["value"], sub_token_size=8)
+
+
+def test_hooks_of_accelerate_survive_remove_velora():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = mlp(8, 8), torch.randn(3, 8)
+    apply_velora(model, "0", sub_token_size=4)
+    calibrate(model, x)
+    plain = mlp(8, 8)
+    hooks.add_hook_to_module(model[0], hooks.ModelHook())
+    model(x).sum().backward()
+    remove_velora(model)
+    for _ in range(2):
+        for each in (model, plain):
+            each.zero_grad()
+            each(x).sum().backward()
+        assert torch.equal(model[0].weight.grad, plain[0].weight.grad)
+        hooks.remove_hook_from_module(model[0])
+    assert model[0].forward.__func__ is nn.Linear.forward
+
+
+def test_a_forward_that_hides_the_layers_own_is_not_taken_off():
+    model = mlp(8, 8)
+    apply_velora(model, "0", sub_token_size=4)
+    inner = model[0].forward
+    model[0].forward = lambda x: inner(x)
+    with pytest.raises(
+        ConfigError, match="0: its forward was replaced after apply_velora; undo that before remove_velora"
+    ):
+        remove_velora(model)
+    del model[0].forward
+    remove_velora(model)
+    assert type(model[0]) is nn.Linear
 
 
 def test_copies_and_pickles():

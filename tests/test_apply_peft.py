@@ -129,6 +129,40 @@ def test_variants_of_lora_that_use_its_matrices_otherwise_are_refused():
         apply_velora(with_lora(use_dora=True), ["value"], num_groups=4)
 
 
+def test_an_inactive_adapter_stays_plain_until_it_is_calibrated():
+    model = with_lora()
+    model.add_adapter("second", peft.LoraConfig(target_modules=TARGETS, r=4))
+    open_up(model)
+    apply_velora(model, ["value"], num_groups=4)
+    with pytest.warns(UserWarning, match=r"no batch reached .*layers\.0\.self_attn\.v_proj\.lora_A\.second, "):
+        calibrate(model, tiny.token_batch())
+    layers = velora_layers(model)
+    assert {name.rpartition(".")[2]: layer.has_direction() for name, layer in layers.items()} == {
+        "default": True, "second": False,
+    }  # fmt: skip
+    model.set_adapter("second")
+    exact = with_lora()
+    exact.add_adapter("second", peft.LoraConfig(target_modules=TARGETS, r=4))
+    exact.set_adapter("second")
+    exact.load_state_dict(model.state_dict(), strict=False)
+    for each in (model, exact):
+        each(**tiny.token_batch()).loss.backward()
+    last = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.second"
+    assert torch.equal(model.get_submodule(last).weight.grad, exact.get_submodule(last).weight.grad)
+    calibrate(model, tiny.token_batch())
+    assert all(layer.has_direction() for layer in layers.values())
+
+
+def test_merged_adapters_are_not_reached():
+    model = with_lora()
+    apply_velora(model, ["value"], num_groups=4)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"no sub-token reached a VeLoRA layer .* active and not merged"):
+        calibrate(model, tiny.token_batch())
+    model.unmerge_adapter()
+    calibrate(model, tiny.token_batch())
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*invalid shape"
 )  # PEFT 0.21 takes a one-dimensional tensor under lora_A for a shard

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from velora import apply_velora, calibrate, update_directions
+from velora.adapter_state import save_adapter, save_network
 from velora.apply import velora_layers
 from velora.errors import ConfigError
 
@@ -75,6 +76,8 @@ def worker(rank: int, port: int, folder: str) -> None:
             model = wrap(build(init), wrapper)
             results[wrapper, init] = run_steps(model, [joint_batch(step)[rank] for step in range(2)])
     results["empty on one rank"] = calibrate_with_an_empty_rank(rank)
+    results["experts"] = calibrate_experts(rank)
+    results["saved shards"] = save_shards(Path(folder))
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -88,6 +91,34 @@ def calibrate_with_an_empty_rank(rank: int) -> dict[str, Tensor]:
     except ConfigError:  # on all ranks, so that none waits for another
         return {"direction": model[0].direction.clone()}
     raise AssertionError("an input of zeros gives no direction")
+
+
+def calibrate_experts(rank: int) -> dict[str, bool]:
+    """Half-precision experts behind DDP: rank 0 sends its tokens to the first, rank 1 to the second, nobody to the third."""
+
+    class Experts(nn.ModuleList):
+        def forward(self, x: Tensor, expert: int) -> Tensor:
+            return self[expert](x)
+
+    experts = Experts([nn.Linear(WIDTH, 8) for _ in range(3)]).bfloat16()
+    apply_velora(experts, "*", sub_token_size=SIZE)
+    model = DistributedDataParallel(experts, find_unused_parameters=True)
+    with pytest.warns(UserWarning, match=r"no batch reached module\.2: "):
+        calibrate(model, (joint_batch(0)[rank].bfloat16(), rank))
+    model(joint_batch(1)[rank].bfloat16(), 1 - rank).sum().backward()
+    assert all(layer.direction.dtype == torch.float32 for layer in experts)
+    return {str(i): layer.has_direction() for i, layer in enumerate(experts)}
+
+
+def save_shards(folder: Path) -> list[str]:
+    """What saving a sharded network says."""
+    model, said = wrap(build("random"), "fsdp2"), []
+    for save in (save_adapter, save_network):
+        try:
+            save(model, folder / save.__name__)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +165,13 @@ def test_a_rank_without_tokens_takes_the_others_direction(results):
     expected = reference.fixed_average(reference.array(joint_batch(0)[1]), SIZE)
     for rank in results:
         assert abs(rank["empty on one rank"]["direction"].double().numpy() - expected).max() < 1e-7  # fp32
+
+
+def test_all_ranks_agree_which_layers_compress(results):
+    assert results[0]["experts"] == results[1]["experts"] == {"0": True, "1": True, "2": False}
+
+
+def test_shards_are_not_saved_as_if_they_were_whole(results):
+    for rank in results:
+        sentence = "0.weight and 5 other parameters are sharded over processes (fully_shard); gather them"
+        assert [said.startswith(sentence) for said in rank["saved shards"]] == [True, True]

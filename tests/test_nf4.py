@@ -11,7 +11,7 @@ from torch import nn
 from velora.adapter.full import Full
 from velora.adapter.linear_probe import LinearProbe
 from velora.adapter_state import merge_adapter
-from velora.nn.quantised import dense_linear, is_quantised, quantise_linear
+from velora.nn.quantised import dense_linear, is_quantised, own_gpu, quantise_linear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -35,6 +35,23 @@ def test_weight_is_what_bitsandbytes_dequantises(quant_type, double_quant):
     assert quantised.weight.quant_state.nested == double_quant
     x = torch.randn(3, 96)
     torch.testing.assert_close(quantised(x), x @ expected.T + layer.bias, rtol=0, atol=1e-6)  # another order of sums
+
+
+@pytest.mark.parametrize(
+    ("environment", "num_visible", "expected"),
+    [
+        ({}, 0, None),
+        ({"LOCAL_RANK": "1"}, 0, None),
+        ({"LOCAL_RANK": "0"}, 2, 0),
+        ({"LOCAL_RANK": "1"}, 2, 1),
+        ({"LOCAL_RANK": "3"}, 1, 7),  # a device of its own is all that the process sees
+        ({"LOCAL_RANK": "x"}, 2, 7),
+        ({}, 2, 7),
+    ],
+)
+def test_each_process_quantises_on_its_own_device(environment, num_visible, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    assert own_gpu(environment, num_visible) == expected
 
 
 def test_bytes():

@@ -10,11 +10,13 @@ import torch
 from velora.errors import ConfigError
 from velora.projection import (
     SubTokenStatistics,
+    code_unit,
     compress,
     random_direction,
     reconstruct,
     split,
     split_width,
+    sum_over_tokens,
 )
 
 CPU = torch.device("cpu")
@@ -62,6 +64,42 @@ def test_split_is_a_view_of_a_contiguous_input():
     x = torch.arange(24.0).view(2, 3, 4)
     assert split(x, 2).data_ptr() == x.data_ptr()
     assert torch.equal(split(x, 2)[:3], torch.tensor([[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]))
+
+
+def test_unit_of_codes_is_a_power_of_two_that_keeps_float16_in_range():
+    assert [code_unit(torch.float16, size) for size in (1, 2, 4, 8, 16, 128, 4096)] == [1, 2, 2, 4, 4, 16, 64]
+    assert {code_unit(dtype, 4096) for dtype in (torch.float32, torch.bfloat16, torch.float64)} == {1}
+    v = torch.full((4096,), 2.0**-6)
+    x = torch.full((1, 4096), 60_000.0, dtype=torch.float16)
+    z = compress(x, v)
+    assert torch.equal(z, torch.full((1, 1), 60_000.0, dtype=torch.float16))
+    assert torch.equal(reconstruct(z, v), x)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_sums_over_tokens_are_in_float32(shape):
+    *batch, _, p = shape
+    a, b = (torch.rand(*batch, 600, width, generator=torch.Generator().manual_seed(width)) for width in (p, 4))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        got = sum_over_tokens(a.to(dtype), b.to(dtype))
+        assert got.dtype == torch.promote_types(dtype, torch.float32)
+        expected = torch.einsum("...np,...nq->...pq", a.to(dtype).double(), b.to(dtype).double())
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)  # fp32 sums of 600 terms
+    assert torch.equal(sum_over_tokens(torch.empty(0, 2).bfloat16(), torch.empty(0, 3).bfloat16()), torch.zeros(2, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(65_536, 64), (3, 65_536, 8)])
+def test_sums_over_tokens_are_in_float32_on_cuda(shape, dtype):
+    a = torch.rand(shape, device="cuda").to(dtype)
+    b = torch.rand(*shape[:-1], 16, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype=dtype):
+        got = sum_over_tokens(a, b)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(
+        got.double(), a.double().mT @ b.double(), rtol=1e-4, atol=0
+    )  # a half would be off by 1e-3
 
 
 def test_compress_and_reconstruct_equal_the_loops():

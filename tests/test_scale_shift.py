@@ -134,6 +134,42 @@ def test_half_precision_input_of_a_full_precision_layer():
     torch.testing.assert_close(mine[1].double(), torch.from_numpy(loops), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [64, 65_536])
+def test_long_sums_lose_nothing_in_half_precision(dtype, tokens):
+    layer = VeloraScaleShift(8, sub_token_size=4, dtype=dtype)
+    layer.set_direction(torch.full((4,), 0.5))
+    x, dy = inputs(tokens, 8).abs().add(0.5).to(dtype), inputs(tokens, 8, seed=2).abs().add(0.5).div(64).to(dtype)
+    z = x.double().view(tokens, 2, 4).sum(-1, keepdim=True) / 2
+    expected = ((dy.double().view(tokens, 2, 4) * z).sum(0) / 2).flatten()
+    layer(x).backward(dy)
+    error = ((layer.weight.grad.double() - expected).abs() / expected).max()
+    assert error < 2 * ROUNDING[dtype]  # the result, and what is left of the codes' roundings
+
+
+def test_codes_do_not_overflow_in_float16():
+    size = 4096
+    layer = VeloraScaleShift(size, sub_token_size=size)
+    layer.set_direction(torch.full((size,), size**-0.5))
+    x, dy = torch.full((1, size), 60_000.0, dtype=torch.float16), torch.full((1, size), 0.25)
+    layer(x).backward(dy)
+    torch.testing.assert_close(layer.weight.grad, torch.full((size,), 15_000.0), rtol=2 * 2**-11, atol=0)
+
+
+def test_directions_stay_float32_and_sums_stay_out_of_autocast():
+    layer = VeloraScaleShift(8, sub_token_size=4)
+    v = torch.full((4,), 0.5)
+    layer.set_direction(v)
+    x, dy = inputs(64, 8), inputs(64, 8, seed=2)
+    expected = torch.einsum(
+        "ngs,ngt,t,s->gs", dy.double().view(64, 2, 4), x.double().view(64, 2, 4), v.double(), v.double()
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).backward(dy)
+    torch.testing.assert_close(layer.weight.grad.double(), expected.flatten(), rtol=0, atol=1e-5)  # fp32
+    assert layer.bfloat16().direction.dtype == torch.float32
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(use_reentrant):
     _, layer = pair()

@@ -1,7 +1,7 @@
 """VeLoRA on a model: choose layers, set their directions on the first batch, move them, and take it off again.
 
     summary = apply_velora(model, ["value", "down"], sub_token_size=16)
-    calibrate(model, batch)          # one forward without gradient, before the first step
+    calibrate(model, batch)          # one forward without gradient (several batches, several), before the first step
     ...training...                   # any loop; update_directions(model) after each step for a running average
     remove_velora(model)             # plain layers again
 
@@ -26,7 +26,7 @@ from velora.errors import ConfigError
 from velora.nn.twin import VeloraTwin
 from velora.projection import INITS, SubTokenStatistics, split_width
 from velora.roles import ROLES, Roles, matches, resolve_roles, role_of
-from velora.swap import TWINS, expand_container, find_modules, module_names, raise_problems
+from velora.swap import TWINS, expand_container, find_modules, module_names, plain_name, raise_problems
 
 Size = int | Mapping[str, int] | None
 
@@ -100,8 +100,8 @@ def apply_velora(
     Raises ConfigError that names all problems: a role or pattern that matches nothing, a layer without a twin, a width
     that does not split, a size that is missing. The model is untouched then.
     """
-    entries = [layers] if isinstance(layers, str) else list(layers)
-    problems = list(_argument_problems(entries, num_groups, sub_token_size, init, scale))
+    entries = [layers] if isinstance(layers, str | nn.Module) else list(layers)
+    problems = list(_argument_problems(model, entries, num_groups, sub_token_size, init, scale))
     raise_problems(problems)
     names = module_names(model)
     declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
@@ -122,7 +122,7 @@ def apply_velora(
     _look_for_frozen(chosen)
     for layer in chosen:
         groups, size = sizes[layer.name]
-        layer_seed = zlib.crc32(f"{seed}/{layer.name}".encode())
+        layer_seed = zlib.crc32(f"{seed}/{plain_name(layer.name)}".encode())
         twin = TWINS[type(layer.module)]
         twin.convert_(layer.module, num_groups=groups, sub_token_size=size, scale=scale, init=init, seed=layer_seed)
     return VeloraSummary(tuple(VeloraLayer(x.name, x.role, math.prod(sizes[x.name]), *sizes[x.name]) for x in chosen))
@@ -136,43 +136,63 @@ def velora_layers(model: nn.Module) -> dict[str, VeloraTwin]:
 def remove_velora(model: nn.Module) -> None:
     """Make every VeLoRA layer a plain one again, in place. The parameters stay, the directions go.
 
-    Raises ConfigError for a layer whose class a wrapper (fully_shard) has changed since.
+    Raises ConfigError for a layer whose class a wrapper (fully_shard) has changed since, or whose forward something
+    replaced that has kept the VeLoRA layer's where it cannot be found (accelerate's hooks can).
     """
     layers = velora_layers(model)
-    raise_problems(
-        [f"{name}: {type(layer).__name__} is not a class of velora's; unwrap the model first"
-         for name, layer in layers.items() if TWINS.get(layer.plain_class) is not type(layer)]
-    )  # fmt: skip
+    problems = []
+    for name, layer in layers.items():
+        if TWINS.get(layer.plain_class) is not type(layer):
+            problems.append(f"{name}: {type(layer).__name__} is not a class of velora's; unwrap the model first")
+        elif "forward" in vars(layer) and not layer.own_forwards():
+            problems.append(f"{name}: its forward was replaced after apply_velora; undo that before remove_velora")
+    raise_problems(problems)
     for layer in layers.values():
         layer.revert_()
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batch: Any) -> None:
-    """Set the direction of every VeLoRA layer from one batch, by one forward without gradient.
+def calibrate(model: nn.Module, batch: Any, *more: Any) -> None:
+    """Set the direction of every VeLoRA layer from one batch or several, by one forward of each, without gradient.
 
     The forward runs in the model's present mode (in training mode after dropout, as the layers will see their inputs)
     and leaves no trace: random states (CPU, CUDA, XPU) and buffers are restored, the output is dropped. With
     torch.distributed initialised all ranks must call it, each with its own batch: the directions come from the sub-tokens
     of all. Random directions need no forward. Calling it again computes the directions anew.
 
-    Args:
-        batch: what one forward takes, on the model's device: a mapping (keyword arguments), a tuple or list (positional
-            arguments), or one argument.
+    A layer that no forward reaches on any rank (an inactive adapter, an idle expert, a dropped layer) keeps the direction
+    that it has. Where it has none it stays plain, with exact gradients and its whole input kept, until a later call
+    reaches it; one warning names such layers.
 
-    Raises ConfigError that names every layer whose input gives no direction; no direction is changed then.
+    Args:
+        batch, more: what one forward takes, on the model's device: a mapping (keyword arguments), a tuple or list
+            (positional arguments), or one argument.
+
+    Raises ConfigError where no layer is reached, and one that names every layer whose input gives no direction; no
+    direction is changed then.
     """
     layers = velora_layers(model)
     if not layers:
         raise ConfigError(f"calibrate: {type(model).__name__} has no VeLoRA layer; call apply_velora first")
+    if any(layer.weight.is_meta for layer in layers.values()):
+        raise ConfigError(
+            f"calibrate: {type(model).__name__} is on the meta device and has no values; load its weights first"
+        )
     gathered = {name: layer.new_statistics() for name, layer in layers.items() if layer.needs_statistics()}
     if gathered:
         with _observing(layers, gathered), _without_a_trace(model), torch.compiler.set_stance("force_eager"):
-            _forward(model, batch)
+            for each in (batch, *more):
+                _forward(model, each)
         _sum_over_ranks([statistics.flat for statistics in gathered.values()])
+    reached = {name: statistics for name, statistics in gathered.items() if statistics.count}
+    if gathered and not reached:
+        raise ConfigError(
+            f"calibrate: no sub-token reached a VeLoRA layer of {type(model).__name__}; give a batch that is not empty, with "
+            "the adapters that hold these layers active and not merged"
+        )
     problems = []
     directions = {}
-    for name, statistics in gathered.items():
+    for name, statistics in reached.items():
         try:
             directions[name] = layers[name].direction_from(statistics)
         except ConfigError as error:
@@ -180,9 +200,21 @@ def calibrate(model: nn.Module, batch: Any) -> None:
     raise_problems(problems)
     for name, layer in layers.items():
         if name in directions:
-            layer.set_direction(directions[name], gathered[name].mean())
-        else:
+            layer.set_direction(directions[name], reached[name].mean())
+        elif not layer.needs_statistics():
             layer.reset_direction()
+    _keep_plain({name: layers[name] for name in gathered if name not in reached and not layers[name].has_direction()})
+
+
+def _keep_plain(layers: dict[str, VeloraTwin]) -> None:
+    for layer in layers.values():
+        layer.stay_plain()
+    if layers:
+        warnings.warn(
+            f"calibrate: no batch reached {', '.join(layers)}: these VeLoRA layers stay plain layers until a call of "
+            "calibrate reaches them",
+            stacklevel=4,
+        )
 
 
 @torch.no_grad()
@@ -190,18 +222,35 @@ def update_directions(model: nn.Module) -> None:
     """Move the running averages by the inputs of the step that ended; call it after optimizer.step(), on all ranks.
 
     Within a step the directions stay, so that accumulation, recomputation and backward see one direction. Layers with
-    another init are left alone.
+    another init are left alone, and so are those that have seen inf or NaN on some rank in this step (which a gradient
+    scaler skips), with a warning.
     """
-    layers = [layer for layer in velora_layers(model).values() if layer.init == "running_average"]
-    taken = [layer.take_batch_statistics() for layer in layers]
-    _sum_over_ranks([statistics.flat for statistics in taken])
-    for layer, statistics in zip(layers, taken, strict=True):
-        layer.move_average(statistics)
+    layers = {name: layer for name, layer in velora_layers(model).items() if layer.init == "running_average"}
+    taken = {name: layer.take_batch_statistics() for name, layer in layers.items()}
+    _sum_over_ranks([statistics.flat for statistics in taken.values()])
+    not_finite = [name for name, statistics in taken.items() if not statistics.is_finite()]
+    for name, layer in layers.items():
+        if name not in not_finite:
+            layer.move_average(taken[name])
+    if not_finite:
+        warnings.warn(
+            f"update_directions: inf or NaN in the input of {', '.join(not_finite)}: this step moves no direction there",
+            stacklevel=3,
+        )
 
 
-def _argument_problems(entries: list[str], groups: Size, size: Size, init: str, scale: float) -> Iterator[str]:
+def _argument_problems(
+    model: nn.Module, entries: list[Any], groups: Size, size: Size, init: str, scale: float
+) -> Iterator[str]:
     if not entries:
         yield "layers is empty: name at least one role or pattern"
+    for entry in entries:
+        if not isinstance(entry, str):
+            name = next((f" ({name!r})" for name, module in model.named_modules() if module is entry and name), "")
+            yield (
+                f"layers: {type(entry).__name__}: an entry is a role or a glob pattern of module names; give the name of "
+                f"the module{name} instead of the module"
+            )
     if (groups is None) == (size is None):
         yield f"num_groups={groups} and sub_token_size={size}: give exactly one, the other is derived"
     if init not in INITS:
@@ -214,7 +263,12 @@ def _choose(model: nn.Module, entries: list[str], roles: Roles, problems: list[s
     """The modules to convert, in the model's order, each once; what cannot be converted goes to `problems`."""
     patterns: dict[str, Sequence[str]] = {}
     for entry in entries:
-        if entry in roles or entry not in ROLES:
+        if entry == "all" and not roles:
+            problems.append(
+                f"layers: 'all' stands for all roles, and the architecture of {type(model).__name__} is not in "
+                "velora/roles.py; give roles={'value': ['*.v_proj'], ...} (the key model.roles), or glob patterns of module names"
+            )
+        elif entry in roles or entry not in ROLES:
             patterns[entry] = roles.get(entry, [entry])
         else:
             known = f"its roles are {', '.join(roles)}" if roles else "its architecture is not in velora/roles.py"

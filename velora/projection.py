@@ -15,6 +15,10 @@ be collected layer by layer in one forward, over many batches and over many rank
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +27,8 @@ from velora.errors import ConfigError
 
 INITS = ("fixed_average", "running_average", "random", "svd")
 """Where a direction comes from; the paper's ablation (Table 5c)."""
+
+_TOKENS_AT_A_TIME = 256
 
 
 def split_width(width: int, num_groups: int | None = None, sub_token_size: int | None = None) -> tuple[int, int]:
@@ -50,16 +56,52 @@ def split(x: Tensor, sub_token_size: int) -> Tensor:
     return x.reshape(-1, sub_token_size)
 
 
+def code_unit(dtype: torch.dtype, sub_token_size: int) -> float:
+    """What a code z = 1 stands for: 1, but in float16 the power of two next above sqrt(S).
+
+    |u . v| can be sqrt(S) times the largest entry of u, and float16 ends at 65504; in this unit a code never exceeds
+    that entry. A power of two changes no digit of it.
+    """
+    return 2.0 ** math.ceil(math.log2(sub_token_size) / 2) if dtype == torch.float16 else 1.0
+
+
 def compress(x: Tensor, direction: Tensor) -> Tensor:
-    """z (N, G): the coordinate of each sub-token of x (..., D) along the direction (S), in the dtype of x."""
+    """z (N, G): the coordinate of each sub-token of x (..., D) along the direction (S), in the dtype of x, in units of
+    `code_unit`."""
     sub_token_size = direction.shape[0]
-    z = F.linear(split(x, sub_token_size), direction.to(x.dtype).unsqueeze(0))  # (N G, 1)
+    v = (direction / code_unit(x.dtype, sub_token_size)).to(x.dtype)
+    with _without_autocast(x.device):
+        z = F.linear(split(x, sub_token_size), v.unsqueeze(0))  # (N G, 1)
     return z.view(-1, x.shape[-1] // sub_token_size)
 
 
 def reconstruct(z: Tensor, direction: Tensor) -> Tensor:
     """x̂ (N, D) from z (N, G). For understanding and for comparison: the gradients are computed without it."""
-    return (z.unsqueeze(-1) * direction.to(z.dtype)).flatten(-2)
+    return (z.unsqueeze(-1) * (code_unit(z.dtype, direction.shape[0]) * direction).to(z.dtype)).flatten(-2)
+
+
+def sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀ b, a sum over the tokens, in float32 at least: (..., N, P), (..., N, Q) -> (..., P, Q).
+
+    A sum over many tokens in half precision loses its small terms and may overflow, and its result is rounded once more
+    than it need be. CUDA multiplies halves and gives float32; elsewhere the factors are cast, a few tokens at a time, so
+    that no copy of a whole one is made.
+    """
+    with _without_autocast(a.device):
+        if a.dtype not in (torch.float16, torch.bfloat16):
+            return a.mT @ b
+        if a.device.type == "cuda":
+            return (torch.mm if a.ndim == 2 else torch.bmm)(a.mT, b, out_dtype=torch.float32)
+        total = torch.zeros(*a.shape[:-2], a.shape[-1], b.shape[-1], dtype=torch.float32, device=a.device)
+        for some, same in zip(a.split(_TOKENS_AT_A_TIME, -2), b.split(_TOKENS_AT_A_TIME, -2), strict=True):
+            total += some.float().mT @ same.float()
+        return total
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the dtypes of their factors: autocast may be on here, in a backward inside it or traced inside it, too."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class SubTokenStatistics:
@@ -95,14 +137,22 @@ class SubTokenStatistics:
 
     def mean(self) -> Tensor:
         """Mean sub-token (S)."""
-        return self.flat[: self.sub_token_size] / self.count
+        return self.flat[: self.sub_token_size] / self.flat[self.sub_token_size + 1]
+
+    def is_finite(self) -> bool:
+        """Whether no inf or NaN was among the sub-tokens."""
+        return bool(torch.isfinite(self.flat).all())
+
+    def is_zero(self) -> bool:
+        """Whether all sub-tokens were zero, or there were none."""
+        return not bool(self.flat[self.sub_token_size])
 
     def _check(self) -> None:
         if self.count == 0:
             raise ConfigError("no sub-token reached the layer in the calibration forward; give a batch that does")
-        if not torch.isfinite(self.flat).all():
+        if not self.is_finite():
             raise ConfigError("its input in the calibration batch is not finite; look for inf or nan in the batch")
-        if self.flat[self.sub_token_size] == 0:
+        if self.is_zero():
             raise ConfigError("its input in the calibration batch is zero everywhere; give another batch")
 
     def mean_direction(self) -> Tensor:

@@ -11,6 +11,7 @@ attribute `velora_children: tuple[str, ...]`. `expand_container` goes down to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -23,11 +24,60 @@ from velora.roles import matches
 TWINS: dict[type[nn.Module], type[VeloraTwin]] = {nn.Linear: VeloraLinear, ScaleShift: VeloraScaleShift}
 """Plain class -> its VeLoRA twin. Exact classes only: a subclass may compute or store something else."""
 
+_COMPILED = "_orig_mod"
+"""The name under which torch.compile keeps the module that it wraps."""
+
 
 def raise_problems(problems: Sequence[str]) -> None:
     """One ConfigError that names them all; nothing where there are none."""
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is without torch.compile."""
+    return name.replace(f"{_COMPILED}.", "")
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    """The network inside the wrappers of torch.compile, DDP and DataParallel, and what undoes it.
+
+    Compiled parts of the network are replaced by what they wrap, so that every name is the plain network's.
+    """
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    parts = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and name != _COMPILED and _COMPILED in child._modules
+    ]
+    for parent, name, child in parts:
+        while (inner := child._modules.get(_COMPILED)) is not None:
+            child = inner
+        parent._modules[name] = child
+
+    def wrap_again() -> None:
+        for parent, name, child in parts:
+            parent._modules[name] = child
+
+    return model, wrap_again
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """`unwrap` for as long as it is entered."""
+    network, wrap_again = unwrap(model)
+    try:
+        yield network
+    finally:
+        wrap_again()
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return model.module
+    return model._modules.get(_COMPILED)
 
 
 def module_names(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
-from velora.projection import compress, split_width
+from velora.projection import code_unit, compress, split_width, sum_over_tokens
 
 
 class VeloraLinear(VeloraTwin, nn.Linear):
@@ -83,7 +83,8 @@ class VeloraLinear(VeloraTwin, nn.Linear):
 class _Linear(torch.autograd.Function):
     """The three products above. Keeps z, the weight (a parameter: no bytes of its own) and the direction (a buffer).
 
-    Under autocast the weight is cast once more in backward, so that no half-precision copy of it is kept either.
+    Under autocast the weight is cast once more in backward, so that no half-precision copy of it is kept either. With
+    half-precision inputs C and the product with v are float32, and dW is rounded once, to the weight's dtype.
     """
 
     @staticmethod
@@ -117,8 +118,10 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = (dy @ weight.to(dy.dtype)).view(ctx.shape)
             if ctx.needs_input_grad[1]:
-                c = (dy.T @ z).to(weight.dtype)  # (M, G)
-                dw = (c.unsqueeze(-1) * (ctx.scale * direction).to(weight.dtype)).view(weight.shape)  # (M, G, S)
+                c = sum_over_tokens(dy, z)  # (M, G)
+                dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+                v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+                torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
             if ctx.needs_input_grad[2]:
                 db = dy.sum(0).to(ctx.bias_dtype)
         dx, dw, db = refuse_second_derivative((dx, dw, db), grad_output, weight)
@@ -128,7 +131,8 @@ class _Linear(torch.autograd.Function):
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which F.linear computes here, where autocast decides it."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def _autocasts(x: Tensor) -> bool:

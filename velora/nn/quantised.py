@@ -9,7 +9,8 @@ Shapes: D input features, M output features.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -32,12 +33,24 @@ def is_quantised(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None
 
 
+def own_gpu(environment: Mapping[str, str], num_visible: int) -> int | None:
+    """Which of the visible CUDA devices this process works on; None where there is none.
+
+    torchrun numbers the processes of a machine in LOCAL_RANK, and Trainer takes that device, though only after the
+    network was built. Where each process sees one device of its own, or without torchrun, it is the current one.
+    """
+    if not num_visible:
+        return None
+    rank = environment.get("LOCAL_RANK", "")
+    return int(rank) if rank.isdecimal() and int(rank) < num_visible else torch.cuda.current_device()
+
+
 def quantise_linear(
     linear: nn.Linear, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype
 ) -> nn.Linear:
     """A bitsandbytes Linear4bit with the same weight, on the device where the weight was; the bias is shared.
 
-    A CUDA device, where there is one, does the work, since quantising seven billion weights takes minutes on a CPU.
+    The process's own CUDA device, where there is one, does the work, since seven billion weights take minutes on a CPU.
 
     Errors: ConfigError where bitsandbytes is missing.
     """
@@ -53,7 +66,8 @@ def quantise_linear(
     if linear.weight.is_meta:  # an estimate: codes and scales of the right sizes, which `to` would not make
         layer.weight = weight._quantize(linear.weight.device)
     else:
-        worker = torch.device("cuda") if torch.cuda.is_available() else linear.weight.device
+        index = own_gpu(os.environ, torch.cuda.device_count())
+        worker = linear.weight.device if index is None else torch.device("cuda", index)
         layer.weight = weight.to(worker).to(linear.weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
     # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward pass, and the next

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
-from velora.projection import compress, split_width
+from velora.projection import code_unit, compress, split_width, sum_over_tokens
 
 
 class ScaleShift(nn.Module):
@@ -85,7 +85,7 @@ class VeloraScaleShift(VeloraTwin, ScaleShift):
 
 
 class _ScaleShift(torch.autograd.Function):
-    """Keeps z, γ (a parameter) and the direction (a buffer)."""
+    """Keeps z, γ (a parameter) and the direction (a buffer). With half-precision inputs the sums are float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, direction: Tensor, scale: float) -> Tensor:
@@ -106,8 +106,10 @@ class _ScaleShift(torch.autograd.Function):
                 dx = (grad_output * weight).to(x_dtype)
             if ctx.needs_input_grad[1]:
                 groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
-                sums = torch.bmm(z.to(dy.dtype).T.unsqueeze(1), groups).squeeze(1)  # (G, 1, N) (G, N, S) -> (G, S)
-                dgamma = (sums * (ctx.scale * direction)).to(weight.dtype).flatten()
+                codes = z.to(dy.dtype).T.unsqueeze(2)  # (G, N, 1)
+                sums = sum_over_tokens(codes, groups).squeeze(1)  # (G, S)
+                v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+                dgamma = (sums * v).to(weight.dtype).flatten()
             if ctx.needs_input_grad[2]:
                 dbeta = dy.sum(0).to(bias_dtype)
         dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), grad_output, weight)

@@ -9,6 +9,7 @@ Parameters, hooks, name and everything that refers to it (optimizer, DDP, FSDP, 
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ from velora.projection import INITS, SubTokenStatistics, random_direction
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
 
-_ATTRIBUTES = ("num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_batch_statistics")
+BUFFERS = ("direction", "average")
+_ATTRIBUTES = ("num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_plain", "_batch_statistics")
 
 _Self = TypeVar("_Self", bound="VeloraTwin")
 
@@ -27,8 +29,10 @@ _Self = TypeVar("_Self", bound="VeloraTwin")
 class VeloraTwin(nn.Module):
     """Base of the twins; subclasses name their `plain_class` and give `forward` and `width_of`.
 
-    Buffers, both saved in the state_dict: `direction` (S), a unit vector, NaN until it is set; with
-    init="running_average" also `average` (S), the mean sub-token of which it is the direction.
+    Buffers, both saved in the state_dict: `direction` (S), a unit vector, NaN until it is set, zero where calibration
+    has passed the layer by, which then works as the plain one; with init="running_average" also `average` (S), the
+    mean sub-token of which it is the direction. Both are float32 (float64 where the weight is), whatever the weight's
+    dtype is or becomes: an average in bfloat16 would not move.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -40,7 +44,8 @@ class VeloraTwin(nn.Module):
     scale: float
     init: str
     seed: int
-    _calibrated: bool  # a cached check of `direction`, no state: False means "look"
+    _calibrated: bool  # cached checks of `direction`, no state: False means "look"
+    _plain: bool  # the direction is zero; compressing would lose everything
     _batch_statistics: SubTokenStatistics | None
 
     @staticmethod
@@ -59,9 +64,16 @@ class VeloraTwin(nn.Module):
         module._init_velora(num_groups, sub_token_size, scale, init, seed)
         return module
 
+    def own_forwards(self) -> list[str]:
+        """Attributes of the instance that hold the twin's own forward, as accelerate's hooks keep it in `_old_forward`."""
+        own = MethodType(type(self).forward, self)
+        return [key for key, value in vars(self).items() if isinstance(value, MethodType) and value == own]
+
     def revert_(self) -> nn.Module:
         """Make the twin its plain module again, in place, and return it."""
-        for name in ("direction", "average"):
+        for key in self.own_forwards():
+            setattr(self, key, MethodType(self.plain_class.forward, self))
+        for name in BUFFERS:
             self._buffers.pop(name, None)
         for name in _ATTRIBUTES:
             del self.__dict__[name]
@@ -73,13 +85,30 @@ class VeloraTwin(nn.Module):
         assert init in INITS
         self.num_groups, self.sub_token_size = num_groups, sub_token_size
         self.scale, self.init, self.seed = scale, init, seed
-        self._calibrated = False
+        self._calibrated = self._plain = False
         self._batch_statistics = None
-        vector = torch.full((sub_token_size,), torch.nan, dtype=self.weight.dtype, device=self.weight.device)
+        vector = torch.full((sub_token_size,), torch.nan, dtype=self._wide_dtype(), device=self.weight.device)
         self.register_buffer("direction", vector)
         if init == "running_average":
             self.register_buffer("average", vector.clone())
         self.reset_direction()
+
+    def _wide_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        """Where the module goes (.to, .half, .cuda, ...), the buffers go as well, but they do not become half precision."""
+        before = {name: getattr(self, name) for name in BUFFERS if name in self._buffers}
+        super()._apply(fn, recurse)
+        self._widen(before)
+        return self
+
+    def _widen(self, values: dict[str, Tensor]) -> None:
+        """Make buffers that have become another type what they should be, with these values."""
+        for name, value in values.items():
+            buffer = getattr(self, name)
+            if buffer.dtype != self._wide_dtype():
+                self._buffers[name] = value.to(buffer.device, self._wide_dtype())
 
     def reset_parameters(self) -> None:
         """Reset the plain module's parameters, and forget the direction (draw it from the seed where it is random)."""
@@ -96,7 +125,7 @@ class VeloraTwin(nn.Module):
         self.direction.fill_(torch.nan)
         if self.init == "running_average":
             self.average.fill_(torch.nan)
-        self._calibrated = False
+        self._calibrated = self._plain = False
 
     @torch.no_grad()
     def set_direction(self, direction: Tensor, average: Tensor | None = None) -> None:
@@ -105,7 +134,21 @@ class VeloraTwin(nn.Module):
         if self.init == "running_average":
             assert average is not None
             self.average.copy_(average)
-        self._calibrated = not self.direction.is_meta
+        self._calibrated, self._plain = not self.direction.is_meta, False
+
+    def has_direction(self) -> bool:
+        """Whether there is a vector to compress with."""
+        if not self._calibrated:
+            self._look()
+        return self._calibrated and not self._plain
+
+    @torch.no_grad()
+    def stay_plain(self) -> None:
+        """Compute as the plain module until a direction is set; the zero vector says so, in checkpoints too."""
+        for name in BUFFERS:
+            if name in self._buffers:
+                getattr(self, name).zero_()
+        self._calibrated = self._plain = not self.direction.is_meta
 
     def needs_statistics(self) -> bool:
         """Whether the direction comes from data."""
@@ -124,21 +167,28 @@ class VeloraTwin(nn.Module):
         return statistics or self.new_statistics()
 
     def move_average(self, statistics: SubTokenStatistics) -> None:
-        """One step of the running average: average += 0.1 (mean of the step - average). Nothing for no sub-tokens."""
-        if statistics.count:
-            average = torch.lerp(self.average.to(statistics.flat.dtype), statistics.mean(), MOMENTUM)
-            self.set_direction(average / torch.linalg.vector_norm(average), average)
+        """One step of the running average: average += 0.1 (mean of the step - average).
+
+        Nothing moves where the step says nothing (no sub-tokens, or zeros) or would leave no direction.
+        """
+        if statistics.is_zero() or not self.has_direction():
+            return
+        average = torch.lerp(self.average.to(statistics.flat.dtype), statistics.mean(), MOMENTUM)
+        direction = average / torch.linalg.vector_norm(average)
+        if torch.isfinite(direction).all():
+            self.set_direction(direction, average)
 
     def compresses(self) -> bool:
-        """Whether this forward keeps codes: in training, with gradients on, for a weight that trains. Else it is plain.
+        """Whether this forward keeps codes: in training, with gradients on, for a weight that trains. Else it is plain,
+        as it is where calibration has passed the layer by.
 
-        Raises RuntimeError where it does and there is no direction yet.
+        Raises RuntimeError where nothing has set the direction yet.
         """
         if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad):
             return False
         if not self._calibrated:
             self._check_calibrated()
-        return True
+        return not self._plain
 
     def observe(self, x: Tensor) -> None:
         """Take the input x (..., D) of a forward into the running average of this step."""
@@ -148,16 +198,21 @@ class VeloraTwin(nn.Module):
             self._batch_statistics.add(x)
 
     def _check_calibrated(self) -> None:
-        if not torch.isfinite(self.direction).all():
+        self._look()
+        if not self._calibrated:
             raise RuntimeError(
                 f"{type(self).__name__}({self.extra_repr()}) has no direction yet: "
                 "call velora.calibrate(model, batch) with the first batch, before training"
             )
-        self._calibrated = True
+
+    def _look(self) -> None:
+        self._calibrated = not self.direction.is_meta and bool(torch.isfinite(self.direction).all())
+        self._plain = self._calibrated and not bool(self.direction.any())
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._calibrated = not self.direction.is_meta and bool(torch.isfinite(self.direction).all())
+        self._widen({name: getattr(self, name) for name in BUFFERS if name in self._buffers})  # where it was assigned
+        self._look()
 
     def extra_repr(self) -> str:
         sizes = f"num_groups={self.num_groups}, sub_token_size={self.sub_token_size}"
