@@ -382,7 +382,8 @@ def _arguments(config: Config, folder: Path) -> dict[str, Any]:
     trainer = config.trainer
     arguments = training_arguments(config, folder, trainer.eval_every).to_dict()
     batches = StepBatches(
-        1000, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last, seed=config.seed, rank=0, num_processes=1
+        1000, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last,
+        seed=config.seed, rank=0, num_processes=1,
     )  # fmt: skip
     return {**arguments, "batches": list(batches)}
 
