@@ -23,7 +23,6 @@ from velora.memory.estimate import estimate, largest_batch, pretend, target_devi
 from velora.memory.ledger import take_ledger
 from velora.memory.meter import Meter, measure
 from velora.memory.timeline import TERMS
-from velora.record import Run
 
 LLAMA = ["task=manual", "model=llama_tiny", "task.max_length=32", "trainer.batch_size=2"]
 LLAMA += [f"model.architecture.{size}" for size in ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=2")]
@@ -110,7 +109,9 @@ def test_padding_brings_the_masks() -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "checkpoint"])
 def test_equals_a_real_training_run(method: str, tmp_path: Path) -> None:
     """Steps of transformers' Trainer on the embedded text, from the runner's own loop, under the meter."""
-    from velora.train import Loop
+    from velora.arguments import training_arguments
+    from velora.figures import Figures
+    from velora.train import PhaseTrainer
 
     config = configured(
         *FAMILIES["llama"], f"method={method}", "trainer.max_steps=2", f"runs_dir={tmp_path}", "wandb.mode=disabled"
@@ -118,11 +119,13 @@ def test_equals_a_real_training_run(method: str, tmp_path: Path) -> None:
     preprocessor = config.model.preprocessor(config)
     data = config.task.load(preprocessor, config)
     network, _ = build_network(config, config.task.head(config), preprocessor)
-    loop = Loop(config, Run(config), data, data.phases[0], network, None)
+    arguments = training_arguments(config, tmp_path, "end")
+    figures = Figures(arguments.device, data.unit)
+    trainer = PhaseTrainer(config, data, data.phases[0], figures, lambda step: None, model=network, args=arguments)
     meter = Meter(network.train())
     with meter.measuring():
-        loop.trainer.train()
-        meter.timeline.follow(loop.trainer.optimizer.optimizer)
+        trainer.train()
+        meter.timeline.follow(trainer.optimizer.optimizer)
     expected = estimate(config)
     # beside the step itself, Trainer keeps a few scalars for its log; and its batches are counted as transient
     assert meter.figures.peak.num_bytes == pytest.approx(expected.peak.num_bytes, rel=0.002)

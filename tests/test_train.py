@@ -520,3 +520,19 @@ def test_wandb_that_fails_costs_no_training(tmp_path, monkeypatch, capsys):
     record = train(config_of(tmp_path, *ROBERTA, "wandb.mode=online"))
     assert record["status"] == "ok"
     assert "the run goes on without it" in capsys.readouterr().out
+
+
+def test_wrong_data_costs_no_earlier_run(tmp_path, monkeypatch):
+    """overwrite=true gives up what is there only when the new run can begin."""
+    config = config_of(tmp_path, *ROBERTA)
+    train(config)
+    before = (config.folder / "result.json").read_text()
+    again = config_of(tmp_path, *ROBERTA, "overwrite=true", "trainer.max_steps=3")
+
+    def missing(self, preprocessor, config):
+        raise ConfigError("data.root=nowhere has no file")
+
+    monkeypatch.setattr(type(again.task), "load", missing)
+    with pytest.raises(ConfigError, match="nowhere"):
+        train(again)
+    assert (config.folder / "result.json").read_text() == before

@@ -163,7 +163,7 @@ class Model(Part):
 
     name: str
     path: str | None = None
-    pretrained: bool = False
+    pretrained: bool | None = None  # null: whether a path is given
     roles: dict[str, list[str]] | None = None  # None: from the table in velora/roles.py
 
     @field_validator("path")
@@ -178,6 +178,10 @@ class Model(Part):
                 f"model.path={shown(path)} cannot be read ({error}); give a checkpoint's folder or name"
             ) from None
         return path
+
+    @property
+    def loads_weights(self) -> bool:
+        return self.path is not None if self.pretrained is None else self.pretrained
 
     def modalities(self) -> tuple[Modality, ...]:
         """The kinds of head that the network can be built with."""

@@ -53,6 +53,7 @@ class Run:
         self._replaces = config.overwrite or config.resume == "never"
         self._lock: IO[str] | None = None
         self.tracker = Tracker()
+        self.started = False
         with self._at_the_start():
             self._refuse()
             if self.writes and not self.is_finished():
@@ -86,12 +87,17 @@ class Run:
             print(f"{'; '.join(damaged.values())}; {instead}")
         return found
 
+    def holds_results(self) -> bool:
+        """Whether an earlier attempt has left anything that it would be a pity to lose."""
+        return self.metrics_file.exists() or (self.folder / "result.json").exists() or bool(self._checkpoints())
+
     def has_checkpoint(self) -> bool:
         """Whether any phase has a checkpoint to continue from (going by names and sizes of its files)."""
         return any(not checkpoints.damage(path, checksums=False) for path in self._checkpoints())
 
     def start(self) -> None:
         """Clear what `overwrite` or `resume=never` gives up, and write the configuration."""
+        self.started = True
         if not self.writes:
             return
         assert not self.is_finished(), "a finished run is not started again"
@@ -100,7 +106,6 @@ class Run:
                 self._empty()
             write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config.raw, sort_keys=False))
             (self.folder / "result.json").unlink(missing_ok=True)
-        self.tracker.start(self.config, self.folder)
 
     def release(self) -> None:
         """Let other processes write the folder; the end of the process does it too."""

@@ -40,10 +40,15 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
     _quiet()
 
     measured = Measured()
-    run.start()
     try:
         with terminate_as_interrupt():
-            _execute(config, run, measured)
+            preprocessor = config.model.preprocessor(config)
+            data = config.task.load(preprocessor, config)
+            measured.data = data.about
+            run.start()  # gives up an earlier run that is to be replaced: not before the data are there
+            if run.writes:
+                run.tracker.start(config, run.folder)
+            _execute(config, run, measured, data, preprocessor)
     except ConfigError as error:
         _fail(run, measured, "failed", str(error))
         raise
@@ -77,10 +82,7 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
     return record
 
 
-def _execute(config: Config, run: Run, measured: Measured) -> None:
-    preprocessor = config.model.preprocessor(config)
-    data = config.task.load(preprocessor, config)
-    measured.data = data.about
+def _execute(config: Config, run: Run, measured: Measured, data: TaskData, preprocessor: Any) -> None:
     best_epochs: dict[str, float] = {}
     for index, phase in enumerate(data.phases):
         final = index == len(data.phases) - 1
@@ -122,6 +124,11 @@ def _train_phase(
 
 
 def _fail(run: Run, measured: Measured, status: str, sentence: str) -> None:
+    """Record a failure; one before the run has started takes the place of nothing that an earlier run has left."""
+    if not run.started:
+        if run.holds_results():
+            return
+        run.start()
     run.finish(status, sentence, vars(measured))
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from velora.config import Config
 from velora.device import training_device
@@ -76,6 +77,16 @@ def explain(config: Config, questions: Questions) -> Explanation:
     Raises ConfigError for a question that has no answer here.
     """
     questions = _answerable(config, questions)
+    try:
+        return _explain(config, questions)
+    except DataDependentOutputException:
+        raise ConfigError(
+            f"model={config.model.name} cannot be estimated: its forward looks into the data, which an estimate does not have; "
+            "`velora-train trainer.max_steps=1` counts what it keeps"
+        ) from None
+
+
+def _explain(config: Config, questions: Questions) -> Explanation:
     device, padded = questions.device, questions.padded
     figures = estimate(config, device=device, padded=padded)
     pretended = pretend(config, device=device, padded=padded)

@@ -34,11 +34,6 @@ class PretrainedModel(Model):
     architecture: dict[str, Any] | None = None
     attention: str = "sdpa"  # transformers' attn_implementation
     hub: str | None = None
-    pretrained: bool | None = None  # type: ignore[assignment]
-
-    @property
-    def loads_weights(self) -> bool:
-        return self.path is not None if self.pretrained is None else self.pretrained
 
     def problems(self, config: Config) -> Iterator[str]:
         if self.loads_weights and self.source() is None:

@@ -57,6 +57,10 @@ class ViT(Model):
                 f"model.path={self.path} is no file with weights: give a .safetensors or .npz file, or a folder with "
                 "model.safetensors"
             )
+        if self.path is not None and self.pretrained is False:
+            yield (
+                f"model.path={self.path} with model.pretrained=false: the weights in it would not be read; leave one of the two out"
+            )
         if self.pretrained and self.path is None and self.overrides:
             yield (
                 f"model.pretrained=true with model.overrides={self.overrides}: published weights do not fit a changed "
@@ -70,7 +74,7 @@ class ViT(Model):
         from velora.model._images import ImageTransform
 
         self._check_name()
-        if self.pretrained and self.path is None:
+        if self.loads_weights and self.path is None:
             self._fetch(get_pretrained_cfg(self.timm_name))
         found = resolve_data_config(pretrained_cfg=get_pretrained_cfg(self.timm_name).to_dict())
         mean, std = {"timm": (found["mean"], found["std"]), "imagenet": _IMAGENET, "none": _NONE}[self.normalization]
@@ -93,12 +97,18 @@ class ViT(Model):
         set_seed(config.seed)
 
         def create(pretrained: bool) -> nn.Module:
-            return timm.create_model(
-                self.timm_name, pretrained=pretrained, num_classes=head.num_labels, img_size=self.image_size,
-                drop_path_rate=self.drop_path, **self.overrides,
-            )  # fmt: skip
+            try:
+                return timm.create_model(
+                    self.timm_name, pretrained=pretrained, num_classes=head.num_labels, img_size=self.image_size,
+                    drop_path_rate=self.drop_path, **self.overrides,
+                )  # fmt: skip
+            except TypeError as error:  # timm passes what it does not know on to a class that refuses it
+                reason = str(error).rpartition("__init__() ")[2]
+                raise ConfigError(
+                    f"model.overrides={self.overrides}: model.timm_name={self.timm_name} {reason}"
+                ) from None
 
-        if not self.pretrained:
+        if not self.loads_weights:
             return create(False)
         if self.path is None:
             return self._from_hub(lambda: create(True))

@@ -46,11 +46,17 @@ def own_gpu(environment: Mapping[str, str], num_visible: int) -> int | None:
 
 
 def quantise_linear(
-    linear: nn.Linear, *, quant_type: str = "nf4", double_quant: bool = True, compute_dtype: torch.dtype
+    linear: nn.Linear,
+    *,
+    quant_type: str = "nf4",
+    double_quant: bool = True,
+    compute_dtype: torch.dtype,
+    use_gpu: bool = True,
 ) -> nn.Linear:
     """A bitsandbytes Linear4bit with the same weight, on the device where the weight was; the bias is shared.
 
-    The process's own CUDA device, where there is one, does the work, since seven billion weights take minutes on a CPU.
+    With `use_gpu` the process's own CUDA device, where there is one, does the work, since seven billion weights take
+    minutes on a CPU.
 
     Errors: ConfigError where bitsandbytes is missing.
     """
@@ -66,7 +72,7 @@ def quantise_linear(
     if linear.weight.is_meta:  # an estimate: codes and scales of the right sizes, which `to` would not make
         layer.weight = weight._quantize(linear.weight.device)
     else:
-        index = own_gpu(os.environ, torch.cuda.device_count())
+        index = own_gpu(os.environ, torch.cuda.device_count()) if use_gpu else None
         worker = linear.weight.device if index is None else torch.device("cuda", index)
         layer.weight = weight.to(worker).to(linear.weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -90,7 +96,13 @@ def dense_linear(layer: nn.Module) -> nn.Linear:
 
 
 def quantise_model(
-    model: nn.Module, *, keep: Collection[str], quant_type: str, double_quant: bool, compute_dtype: torch.dtype
+    model: nn.Module,
+    *,
+    keep: Collection[str],
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    use_gpu: bool = True,
 ) -> int:
     """Replace every nn.Linear, in place, but those below a module named in `keep`; returns how many were replaced.
 
@@ -105,7 +117,11 @@ def quantise_model(
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
         layer = quantise_linear(
-            getattr(holder, child), quant_type=quant_type, double_quant=double_quant, compute_dtype=compute_dtype
+            getattr(holder, child),
+            quant_type=quant_type,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            use_gpu=use_gpu,
         )
         setattr(holder, child, layer)
     return len(names)

@@ -50,6 +50,7 @@ class NF4(Weights):
             quant_type=self.quant_type,
             double_quant=self.double_quant,
             compute_dtype=torch_dtype(self.compute_dtype or self.dtype),
+            use_gpu=config.trainer.device != "cpu",
         )
         if num_layers == 0:
             raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
