@@ -9,11 +9,8 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from velora.adapter.hydra import Hydra
-from velora.adapter.lora import LoRA
-from velora.adapter.ssf import SSFAdapter
-from velora.weights.dense import Dense
-from velora.weights.nf4 import NF4
+from velora.config.adapter import Hydra, LoRA, SSFAdapter
+from velora.config.weights import NF4, Dense
 
 FAMILIES = ("llama", "roberta", "vit")
 
@@ -21,7 +18,11 @@ FAMILIES = ("llama", "roberta", "vit")
 def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Any:
     """As much of a run's configuration as an adapter reads."""
     return SimpleNamespace(
-        seed=seed, model=SimpleNamespace(name="tiny", roles=None), task=SimpleNamespace(name=task), **parts
+        seed=seed,
+        model=SimpleNamespace(name="tiny", roles=None),
+        task=SimpleNamespace(name=task),
+        trainer=SimpleNamespace(device="auto"),
+        **parts,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from velora.group import Head
+from velora.config.parts import Head
 
 NO_SDPA = ("deberta", "deberta-v2", "gemma2", "gptj", "gpt_neo", "mpnet")
 SIZES = {
@@ -78,9 +78,9 @@ def network_options(model_type: str) -> dict[str, str]:
 
 def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, seed: int = 0, **model: Any) -> Any:
     """As much of a configuration as a model's builder reads."""
-    from velora.model.encoder import Encoder
-    from velora.model.llama import Llama
-    from velora.weights.dense import Dense
+    from velora.config.weights import Dense
+    from velora.models.encoder import Encoder
+    from velora.models.llama import Llama
 
     values = {
         "name": "theirs",

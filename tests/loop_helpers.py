@@ -9,9 +9,9 @@ from typing import Any
 
 from text_helpers import composed
 
-from velora.config import Config
-from velora.record import Run
-from velora.run import execute
+from velora.config.run import Config
+from velora.run.record import Run
+from velora.run.run import execute
 
 LLAMA = ["task=manual", "model=llama_tiny", "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=32",
          "model.architecture.intermediate_size=48", "model.architecture.num_attention_heads=4",

@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from velora import apply_velora, calibrate
-from velora.adapter.linear_probe import LinearProbe
-from velora.apply import velora_layers
+from velora.config.adapter import LinearProbe
+from velora.nn.apply import velora_layers
 
 ADAPTERS = {
     "linear_probe": (lambda: LinearProbe(kind="linear_probe"), []),

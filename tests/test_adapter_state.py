@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from velora import apply_velora, calibrate
-from velora.adapter.linear_probe import LinearProbe
-from velora.adapter_state import load_adapter, merge_adapter, save_adapter, save_network
-from velora.apply import velora_layers
+from velora.config.adapter import LinearProbe
 from velora.errors import ConfigError
+from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter, save_network
+from velora.nn.apply import velora_layers
 from velora.nn.twin import VeloraTwin
 
 ADAPTERS = {"lora": adapters.lora, "ssf": adapters.ssf, "hydra": adapters.hydra}

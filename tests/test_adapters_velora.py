@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from velora import apply_velora, calibrate
-from velora.apply import velora_layers
+from velora.nn.apply import velora_layers
 
 TOKENS = 2 * 5  # two images of four patches and the class token
 

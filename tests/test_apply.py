@@ -199,7 +199,7 @@ def test_all_of_an_unknown_architecture_says_what_to_give():
     with pytest.raises(ConfigError) as refused:
         apply_velora(mlp(8, 8), "all", sub_token_size=4)
     assert str(refused.value) == (
-        "layers: 'all' stands for all roles, and the architecture of Sequential is not in velora/roles.py; give "
+        "layers: 'all' stands for all roles, and the architecture of Sequential is not in velora/config/roles.py; give "
         "roles={'value': ['*.v_proj'], ...} (the key model.roles), or glob patterns of module names"
     )
 

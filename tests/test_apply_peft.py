@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from velora import apply_velora, calibrate
-from velora.apply import velora_layers
 from velora.errors import ConfigError
+from velora.nn.apply import velora_layers
 
 peft = pytest.importorskip("peft")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from velora.data import archive as _archive
+from velora.data.archive import unpack_folder
 from velora.errors import ConfigError
-from velora.task import _archive
-from velora.task._archive import unpack_folder
 
 CONTENTS = {"test.txt": "images/0.png 0\n"} | {f"images/{i}.png": f"image {i}" * 50 for i in range(200)}
 
@@ -34,7 +34,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def start(archive: Path, before: str = "") -> subprocess.Popen[str]:
     unpack = f"_archive.unpack_folder(Path({str(archive)!r}), 'cifar')"
-    code = f"from pathlib import Path; from velora.task import _archive\n{before}\n{unpack}"
+    code = f"from pathlib import Path; from velora.data import archive as _archive\n{before}\n{unpack}"
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 

@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from velora.build import build_network
 from velora.cli import conf_dir
-from velora.config import Config, validate
+from velora.config.run import Config, validate
 from velora.memory.ledger import measure_saved_bytes
+from velora.models.build import build_network
 
 FAMILIES = ("llama_tiny", "roberta_tiny", "vit_tiny")
 TERMS = ("weights", "gradients", "optimizer", "saved")

@@ -141,7 +141,7 @@ VALUES = {
     "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
     "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
     "class of ours": Bad(
-        "optimizer.kind=velora.optimizer.adamw.AdamW", ("is a class; give its module: optimizer.kind=adamw",)
+        "optimizer.kind=velora.config.optimizer.AdamW", ("is a class; give its module: optimizer.kind=adamw",)
     ),
 }
 
@@ -239,7 +239,7 @@ FILES = {
     ),
 }
 
-PLUGIN_CLASS = "from velora.group import Adapter\nclass Mine(Adapter):\n    pass\n"
+PLUGIN_CLASS = "from velora.config.parts import Adapter\nclass Mine(Adapter):\n    pass\n"
 PLUGIN = "adapter.kind=pack.plugin"
 
 
@@ -319,7 +319,7 @@ def velora_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the program sets it; this puts it back
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("velora.run.execute", not_refused)
+    monkeypatch.setattr("velora.run.run.execute", not_refused)
 
     def run(bad: Bad) -> tuple[int | str | None, str]:
         for name, content in bad.files.items():
@@ -352,7 +352,7 @@ def test_refused_with_one_sentence(velora_train, case: str, tmp_path: Path) -> N
 
 
 def test_a_process_of_torchrun_and_a_run_of_one_process_are_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from velora.processes import check_processes
+    from velora.config.processes import check_processes
 
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from velora import apply_velora, calibrate, update_directions
-from velora.apply import velora_layers
 from velora.errors import ConfigError
+from velora.nn.apply import velora_layers
 from velora.nn.twin import MOMENTUM
 
 

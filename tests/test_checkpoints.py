@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from velora.checkpoints import checkpoints, damage, newest_whole, non_finite_tensors, rotate, write_manifest
+from velora.run.checkpoints import checkpoints, damage, newest_whole, non_finite_tensors, rotate, write_manifest
 
 FILES = {
     "model.safetensors": b"weights" * 100,

@@ -12,9 +12,9 @@ import pytest
 import torch
 from checkpoints import FAMILIES, built, network_options, run, save_network, save_tokenizer
 
-from velora.adapter_state import load_adapter, save_adapter
+from velora.data.glue import Row, collate
 from velora.errors import ConfigError
-from velora.task.glue import Row, collate
+from velora.nn.adapter_state import load_adapter, save_adapter
 
 SHORT, LONG = "w3 w9 w12", "w1 w2 w5 w8 w13 w21 w34 w7 w30 w11"
 NONE_NAMED = [name for name, (_, decoder) in FAMILIES.items() if decoder]
@@ -348,9 +348,9 @@ def test_foreign_code_of_a_model_or_tokenizer_is_not_run(tmp_path: Path, monkeyp
 def test_foreign_code_of_a_data_set_is_not_run(tmp_path: Path, monkeypatch, no_prompt, task: str) -> None:
     from text_helpers import stand_in
 
-    from velora.task.c4 import C4
-    from velora.task.glue import Glue
-    from velora.tokenizer import byte_tokenizer
+    from velora.data.c4 import C4
+    from velora.data.glue import Glue
+    from velora.models.tokenizer import byte_tokenizer
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from velora.cli import default_name
-from velora.overrides import checked, quoted
+from velora.config.overrides import checked, quoted
 
 
 def test_output_folder_that_cannot_be_written(cli):
@@ -35,14 +35,11 @@ def test_answers_without_heavy_imports(tmp_path, arguments):
     assert "heavy=[]" in done.stderr
 
 
-def test_value_files_import_no_torch(tmp_path):
+def test_the_configuration_imports_no_torch(tmp_path):
     code = (
-        "import sys, pkgutil, importlib, velora\n"
-        "from velora.config import GROUPS\n"
-        "for group in GROUPS:\n"
-        "    package = importlib.import_module('velora.' + group)\n"
-        "    for module in (m for m in pkgutil.iter_modules(package.__path__) if m.name[0] != '_'):\n"
-        "        importlib.import_module(f'velora.{group}.{module.name}')\n"
+        "import sys, pkgutil, importlib, velora.config\n"
+        "for module in pkgutil.iter_modules(velora.config.__path__):\n"
+        "    importlib.import_module(f'velora.config.{module.name}')\n"
         "print({'torch', 'transformers', 'timm', 'peft'} & set(sys.modules) or 'light')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from velora.model._images import ImageTransform
-from velora.task.digits import Digits, split_indices
+from velora.data.digits import Digits, split_indices
+from velora.models.images import ImageTransform
 
 TRANSFORM = ImageTransform(8, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from velora import apply_velora, calibrate, update_directions
-from velora.adapter_state import save_adapter, save_network
-from velora.apply import velora_layers
 from velora.errors import ConfigError
+from velora.nn.adapter_state import save_adapter, save_network
+from velora.nn.apply import velora_layers
 
 WORLD, TOKENS, WIDTH, SIZE = 2, 6, 16, 4
 WRAPPERS = ["ddp", "fsdp2"]

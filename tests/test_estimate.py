@@ -15,14 +15,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from velora.build import build_network
 from velora.cli import conf_dir
-from velora.config import Config, validate
+from velora.config.run import Config, validate
 from velora.memory.as_cuda import AsOnCuda
 from velora.memory.estimate import estimate, largest_batch, pretend, target_device
 from velora.memory.ledger import take_ledger
 from velora.memory.meter import Meter, measure
 from velora.memory.timeline import TERMS
+from velora.models.build import build_network
 
 LLAMA = ["task=manual", "model=llama_tiny", "task.max_length=32", "trainer.batch_size=2"]
 LLAMA += [f"model.architecture.{size}" for size in ("hidden_size=64", "intermediate_size=128", "num_hidden_layers=2")]
@@ -109,9 +109,9 @@ def test_padding_brings_the_masks() -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "checkpoint"])
 def test_equals_a_real_training_run(method: str, tmp_path: Path) -> None:
     """Steps of transformers' Trainer on the embedded text, from the runner's own loop, under the meter."""
-    from velora.arguments import training_arguments
-    from velora.figures import Figures
-    from velora.train import PhaseTrainer
+    from velora.run.arguments import training_arguments
+    from velora.run.figures import Figures
+    from velora.run.train import PhaseTrainer
 
     config = configured(
         *FAMILIES["llama"], f"method={method}", "trainer.max_steps=2", f"runs_dir={tmp_path}", "wandb.mode=disabled"

@@ -7,7 +7,7 @@ import yaml
 from composition import EXPERIMENTS, columns, composed
 
 from velora.cli import conf_dir
-from velora.config import validate
+from velora.config.run import validate
 
 ROWS = [name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore"))]
 OTHERS = [

@@ -8,10 +8,10 @@ from memory_helpers import loss_of
 from tiny import tiny_llama, tiny_roberta, tiny_vit
 from torch import nn
 
-from velora.apply import apply_velora
 from velora.memory.freed import layers_by_role, layers_that_free_nothing, what_would_be_freed
 from velora.memory.ledger import measure_saved_bytes, take_ledger
-from velora.projection import split_width
+from velora.nn.apply import apply_velora
+from velora.nn.projection import split_width
 
 ROLES = ["query", "key", "value", "output", "gate", "up", "down"]
 CHOICES = [

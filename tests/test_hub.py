@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants, errors
 
-from velora import hub
 from velora.errors import ConfigError
-from velora.hub import load
+from velora.models import hub
+from velora.models.hub import load
 
 
 @pytest.fixture

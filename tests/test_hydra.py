@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from pydantic import ValidationError
 from torch import nn
 
-from velora.adapter.hydra import Hydra
+from velora.config.adapter import Hydra
 from velora.errors import ConfigError
 from velora.nn.hydra import HydraLinear
 

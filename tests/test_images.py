@@ -13,9 +13,9 @@ from PIL import Image, PngImagePlugin
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
+from velora.data.images import ListedImages, image_collate
 from velora.errors import ConfigError, original_text
-from velora.model._images import ImageTransform
-from velora.task._images import ListedImages, image_collate
+from velora.models.images import ImageTransform
 
 TRANSFORM = ImageTransform(256, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 RAMP = np.arange(65536).reshape(256, 256)  # every 16-bit value once; at 256 x 256 nothing is resized

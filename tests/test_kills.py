@@ -12,7 +12,7 @@ import pytest
 import transformers
 from loop_helpers import LLAMA, ROBERTA, VIT, config_of, lines_of, train, write_texts
 
-from velora import train as loop
+from velora.run import train as loop
 
 TEXT = [*LLAMA[1:], "task=c4", "task.folder=short", "task.shuffle_buffer=4"]
 

@@ -11,10 +11,10 @@ import torch
 from text_helpers import stand_in
 from tiny import VOCABULARY, tiny_llama
 
+from velora.data import language_model as lm
 from velora.errors import ConfigError
-from velora.fit import Limits, check_vocabulary, vocabulary_size
-from velora.task import _language_model as lm
-from velora.tokenizer import byte_tokenizer
+from velora.models.fit import Limits, check_vocabulary, vocabulary_size
+from velora.models.tokenizer import byte_tokenizer
 
 LENGTHS = (9, 5, 2, 7, 9, 3, 4)  # of seven sequences
 

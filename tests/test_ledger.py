@@ -15,8 +15,8 @@ from tiny import tiny_llama, tiny_roberta, tiny_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from velora.apply import apply_velora
 from velora.memory.ledger import Ledger, measure_saved_bytes, take_ledger
+from velora.nn.apply import apply_velora
 
 
 class KeepsOnCtx(torch.autograd.Function):

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import torch
 
-from velora.adapter_state import load_adapter, merge_adapter, save_adapter
 from velora.errors import ConfigError
 from velora.memory.storages import model_tensors, unique_bytes
+from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -172,7 +172,7 @@ def test_estimate_counts_what_trains_whole_once():
     from composition import composed
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from velora.config import validate
+    from velora.config.run import validate
     from velora.memory.fake import fake_network
 
     network = fake_network(validate(composed("experiment=table4/lora")), FakeTensorMode())

@@ -8,7 +8,7 @@ import random
 import evaluate
 import pytest
 
-from velora.metrics import METRICS, compute
+from velora.data.metrics import METRICS, compute
 
 GENERATOR = random.Random(5)
 LABELS = [GENERATOR.randrange(2) for _ in range(200)]
@@ -95,7 +95,7 @@ def test_loss_is_a_mean_over_examples():
     """Against torch's own losses in float64; 1e-12: the same sums in another order."""
     import torch
 
-    from velora.metrics import scores
+    from velora.data.metrics import scores
 
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(37, 3, generator=generator), torch.randint(3, (37,), generator=generator)

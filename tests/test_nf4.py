@@ -8,9 +8,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from velora.adapter.full import Full
-from velora.adapter.linear_probe import LinearProbe
-from velora.adapter_state import merge_adapter
+from velora.config.adapter import Full, LinearProbe
+from velora.nn.adapter_state import merge_adapter
 from velora.nn.quantised import dense_linear, is_quantised, own_gpu, quantise_linear
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from velora.errors import ConfigError
-from velora.order import StepBatches, TrainingData
+from velora.run.order import StepBatches, TrainingData
 
 
 def batches(num_examples=70, batch_size=16, micro=4, rank=0, processes=1, drop_last=False, seed=3):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 from tiny import tiny_llama
 
-from velora.apply import apply_velora
 from velora.memory.paper import (
     LLAMA_7B,
     LLAMA_13B,
@@ -20,6 +19,7 @@ from velora.memory.paper import (
     input_bytes,
     table_3_bytes,
 )
+from velora.nn.apply import apply_velora
 
 TABLES = Path(__file__).parents[1].parent / "shared" / "paper" / "tables.yaml"
 GIB = 2**30

@@ -8,7 +8,7 @@ import reference
 import torch
 
 from velora.errors import ConfigError
-from velora.projection import (
+from velora.nn.projection import (
     SubTokenStatistics,
     code_unit,
     compress,

@@ -12,7 +12,7 @@ import yaml
 from composition import EXPERIMENTS, composed
 from torch import nn
 
-from velora.config import validate
+from velora.config.run import validate
 
 ENTRIES = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 WITHOUT_FACTS = {"table2/velora_full", "table4/flora_rank"}  # not printed; not known whether printed

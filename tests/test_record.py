@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from velora.checkpoints import write_manifest
-from velora.config import _Run, parse
+from velora.config.identity import differing_keys
+from velora.config.run import _Run, parse
 from velora.errors import ConfigError
-from velora.identity import differing_keys
-from velora.record import Run, git_state, versions
+from velora.run.checkpoints import write_manifest
+from velora.run.record import Run, git_state, versions
 
 
 def config(folder: Path, **changes):

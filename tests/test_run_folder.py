@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_record import checkpoint, config, finished, released, started
 
-from velora import record as record_module
 from velora.errors import ConfigError, RunError
-from velora.record import Run
+from velora.run import record as record_module
+from velora.run.record import Run
 
 
 def names(folder: Path) -> set[str]:

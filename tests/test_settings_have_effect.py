@@ -27,10 +27,10 @@ import torch
 from text_helpers import composed
 
 import velora
-from velora.build import build_network
-from velora.config import _SECTIONS, GROUPS, Config, _Run, validate
-from velora.group import part_class, shipped_kinds
+from velora.config.parts import part_class, shipped_kinds
+from velora.config.run import _SECTIONS, GROUPS, Config, _Run, validate
 from velora.memory.batches import preprocessor_for_shapes
+from velora.models.build import build_network
 
 SOURCE = Path(velora.__file__).parent
 SMALL = (
@@ -376,8 +376,8 @@ def test_it_changes_the_arguments_of_the_trainer(key: str, tmp_path: Path, monke
 
 
 def _arguments(config: Config, folder: Path) -> dict[str, Any]:
-    from velora.arguments import training_arguments
-    from velora.order import StepBatches
+    from velora.run.arguments import training_arguments
+    from velora.run.order import StepBatches
 
     trainer = config.trainer
     arguments = training_arguments(config, folder, trainer.eval_every).to_dict()

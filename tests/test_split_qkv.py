@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from velora import apply_velora, calibrate
-from velora.adapter_state import merge_adapter, save_adapter, save_network
 from velora.errors import ConfigError
+from velora.nn.adapter_state import merge_adapter, save_adapter, save_network
 from velora.nn.image_classifier import ImageClassifier
 from velora.nn.split_qkv import split_qkv
 

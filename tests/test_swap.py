@@ -7,10 +7,10 @@ import tiny
 import torch
 from torch import nn
 
+from velora.config.roles import ARCHITECTURES, ROLES, find_architecture, matches, resolve_roles, role_of, roles_by_name
 from velora.errors import ConfigError
 from velora.nn.scale_shift import ScaleShift
-from velora.roles import ARCHITECTURES, ROLES, find_architecture, matches, resolve_roles, role_of, roles_by_name
-from velora.swap import expand_container, find_modules, module_names, replace_modules
+from velora.nn.swap import expand_container, find_modules, module_names, replace_modules
 
 
 class Wrapper(nn.Module):

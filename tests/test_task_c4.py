@@ -15,11 +15,11 @@ from text_helpers import composed, stand_in, write_shard
 from tiny import tiny_llama
 from torch.utils.data import DataLoader
 
-from velora import hub
+from velora.data.c4 import C4
+from velora.data.shards import documents, one_pass, shards_of, through_buffer
 from velora.errors import ConfigError
-from velora.task._shards import documents, one_pass, shards_of, through_buffer
-from velora.task.c4 import C4
-from velora.tokenizer import byte_tokenizer, from_folder
+from velora.models import hub
+from velora.models.tokenizer import byte_tokenizer, from_folder
 
 TEXTS = [f"training document number {i:02d}" for i in range(30)]
 HELD_OUT = [f"held out {i}" for i in range(5)]
@@ -244,7 +244,7 @@ def test_a_lone_surrogate_is_replaced_counted_and_said_once(root: Path, capsys) 
 
 
 def test_repairs_of_a_large_folder_are_counted_as_it_is_read(root: Path, monkeypatch) -> None:
-    monkeypatch.setattr("velora.task.c4.SMALL_BYTES", 0)
+    monkeypatch.setattr("velora.data.c4.SMALL_BYTES", 0)
     (root / "c4" / "c4-train.00001.json").write_text('{"text": "half \\ud83d"}\n{"text": ""}\n')
     data = load(root)
     assert data.about["documents"] == {"train": None, "validation": None}

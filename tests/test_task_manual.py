@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from text_helpers import composed, stand_in
 
-from velora.task.manual import Manual, split_topics
-from velora.tokenizer import byte_tokenizer
+from velora.data.manual import Manual, split_topics
+from velora.models.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

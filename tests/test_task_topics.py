@@ -6,8 +6,8 @@ from pydoc_data.topics import topics as original
 
 from text_helpers import stand_in
 
-from velora.task.topics import Topics
-from velora.tokenizer import byte_tokenizer
+from velora.data.topics import Topics
+from velora.models.tokenizer import byte_tokenizer
 
 
 def topics(**settings: int) -> Topics:

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from velora import hub
 from velora.errors import ConfigError
-from velora.model.minilm import minilm_folder
-from velora.tokenizer import byte_tokenizer, from_folder, local_folder, tokenizer
+from velora.models import hub
+from velora.models.minilm import minilm_folder
+from velora.models.tokenizer import byte_tokenizer, from_folder, local_folder, tokenizer
 
 HARD = ["  two  spaces\nand a  line", " lead", "émoji 😀\ttab", "x" * 50, "trail  "]
 

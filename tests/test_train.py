@@ -16,13 +16,13 @@ import pytest
 import torch
 from loop_helpers import FAMILIES, LLAMA, ROBERTA, VIT, config_of, lines_of, steps_of, train, write_texts
 
-from velora import train as loop
-from velora.arguments import training_arguments, use_one_device
-from velora.chrono import Chrono
+from velora.config.parts import Phase
 from velora.errors import ConfigError, Diverged
-from velora.figures import Figures
-from velora.group import Phase
-from velora.order import SeededExamples
+from velora.run import train as loop
+from velora.run.arguments import training_arguments, use_one_device
+from velora.run.chrono import Chrono
+from velora.run.figures import Figures
+from velora.run.order import SeededExamples
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_processes(families, tm
 
 def test_network_says_the_same_as_transformers_own_division(tmp_path):
     """An independent path for the mean over a step: the network's own loss on all eight examples at once."""
-    from velora.build import build_network
+    from velora.models.build import build_network
 
     config = config_of(tmp_path, *ROBERTA, "method=full", "trainer.micro_batch_size=2", "trainer.max_steps=1")
     train(config)
@@ -375,7 +375,7 @@ class Noisy(SeededExamples):
 
 @pytest.fixture
 def noisy(monkeypatch):
-    from velora.task import _images
+    from velora.data import images as _images
 
     original = _images.image_task_data
 

@@ -14,10 +14,10 @@ import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
+from velora.data.images import DecodedImages, ListedImages
+from velora.data.vtab import VTAB
 from velora.errors import ConfigError
-from velora.model._images import ImageTransform
-from velora.task._images import DecodedImages, ListedImages
-from velora.task.vtab import VTAB
+from velora.models.images import ImageTransform
 
 TRANSFORM = ImageTransform(8, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NAMES = ("train800", "val200", "train800val200", "test")
@@ -315,8 +315,8 @@ def test_every_key_changes_something(root, monkeypatch, capsys):
         asked.append(what)
         return str(root / "vtab.zip")
 
-    monkeypatch.setattr("velora.hub.load", load)
-    monkeypatch.setattr("velora.task._archive.unpack_folder", lambda archive, name: folder)
+    monkeypatch.setattr("velora.models.hub.load", load)
+    monkeypatch.setattr("velora.data.archive.unpack_folder", lambda archive, name: folder)
     assert task(hub="other/VTAB:all.zip").load(TRANSFORM, config(None)).about["source"] == "other/VTAB:all.zip"
     assert asked == ["the archive other/VTAB:all.zip (about 5 GB)"]
     named_elsewhere = {"kind", "name"}  # the class itself; the run's folder and record

@@ -8,10 +8,9 @@ import tiny
 import torch
 from torch import nn
 
-from velora.adapter.full import Full
-from velora.adapter.linear_probe import LinearProbe
+from velora.config.adapter import Full, LinearProbe
 from velora.errors import ConfigError
-from velora.head import head_names, new_head_names
+from velora.nn.head import head_names, new_head_names
 
 
 @pytest.mark.parametrize("family", adapters.FAMILIES)

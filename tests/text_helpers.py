@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from velora.config import Config, validate
+from velora.config.run import Config, validate
 
 
 def composed(*overrides: str) -> Config:

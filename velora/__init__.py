@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from velora.adapter_state import load_adapter, merge_adapter, save_adapter
-    from velora.apply import apply_velora, calibrate, remove_velora, update_directions
+    from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
+    from velora.nn.apply import apply_velora, calibrate, remove_velora, update_directions
     from velora.nn.linear import VeloraLinear
     from velora.nn.scale_shift import VeloraScaleShift
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "apply_velora": "velora.apply",
-    "calibrate": "velora.apply",
-    "remove_velora": "velora.apply",
-    "update_directions": "velora.apply",
+    "apply_velora": "velora.nn.apply",
+    "calibrate": "velora.nn.apply",
+    "remove_velora": "velora.nn.apply",
+    "update_directions": "velora.nn.apply",
     "VeloraLinear": "velora.nn.linear",
     "VeloraScaleShift": "velora.nn.scale_shift",
-    "load_adapter": "velora.adapter_state",
-    "merge_adapter": "velora.adapter_state",
-    "save_adapter": "velora.adapter_state",
+    "load_adapter": "velora.nn.adapter_state",
+    "merge_adapter": "velora.nn.adapter_state",
+    "save_adapter": "velora.nn.adapter_state",
 }
 
 __all__ = [

@@ -130,7 +130,7 @@ def layer_candidates(
     from torch import nn
 
     from velora.nn.linear import VeloraLinear
-    from velora.projection import SubTokenStatistics
+    from velora.nn.projection import SubTokenStatistics
 
     n, d, m, g = shape
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -175,7 +175,7 @@ def _rebuilding(weight: torch.Tensor, direction: torch.Tensor) -> Callable[[torc
     import torch
     import torch.nn.functional as F
 
-    from velora.projection import compress, reconstruct
+    from velora.nn.projection import compress, reconstruct
 
     class Rebuilding(torch.autograd.Function):
         @staticmethod

@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from velora.complaints import sentence
-from velora.config import Config, validate
+from velora.config.complaints import sentence
+from velora.config.overrides import checked, conf_dir
+from velora.config.processes import check_processes
+from velora.config.run import Config, validate
 from velora.errors import ConfigError, Interrupted, RunError
-from velora.overrides import checked, conf_dir
-from velora.processes import check_processes
 
 # Overrides that choose where and how a run is kept, not what it computes: they do not enter its name.
 _NOT_IDENTITY = {
@@ -54,13 +54,13 @@ def train() -> None:
     """Console script `velora-train`."""
 
     def job(config: Config) -> None:
-        from velora.record import Run
+        from velora.run.record import Run
 
         run = Run(config)  # refuses a folder that cannot be written or holds another run, before the heavy imports
         if run.is_finished():
             print(f"{run.folder} holds this run already, finished; overwrite=true runs it again")
             return
-        from velora.run import execute
+        from velora.run.run import execute
 
         execute(config, run)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora.config import Config
+from velora.config.run import Config
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from velora.cli import conf_dir
-from velora.config import Config, validate
+from velora.config.run import Config, validate
 from velora.memory.estimate import estimate, pretend
 from velora.memory.ledger import CODES, MASK, REGION, Entry, take_ledger
 

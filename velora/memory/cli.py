@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from velora.cli import Parser, launch, report
-from velora.config import Config
+from velora.config.run import Config
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _labels(found: list[Explanation]) -> list[str]:
 
 
 def _save(explanation: Explanation, folder: Path, argv: list[str], storages: bool) -> None:
-    from velora.record import git_state, versions
+    from velora.run.record import git_state, versions
 
     ledger = explanation.ledger
     record = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from velora.config import Config
+from velora.config.run import Config
 from velora.errors import ConfigError
 from velora.memory.as_cuda import AsOnCuda, use_foreach
 from velora.memory.batches import synthetic_batch, training_loss

@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from velora.config import Config
-from velora.device import training_device
+from velora.config.parts import Activations
+from velora.config.run import Config
 from velora.errors import ConfigError
-from velora.group import Activations
 from velora.memory.estimate import Device, Pretended, estimate, largest_batch, pretend
 from velora.memory.figures import MemoryFigures
 from velora.memory.freed import Freed, layers_by_role, layers_that_free_nothing, what_would_be_freed
@@ -20,8 +19,9 @@ from velora.memory.ledger import Ledger, take_ledger
 from velora.memory.meter import measure
 from velora.memory.paper import accounting
 from velora.memory.storages import plain_tensors
-from velora.projection import split_width
-from velora.swap import TWINS
+from velora.nn.projection import split_width
+from velora.nn.swap import TWINS
+from velora.run.device import training_device
 
 DEFAULT_SUB_TOKEN_SIZE = 16
 

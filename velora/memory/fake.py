@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from velora.build import build_network
-from velora.config import Config
+from velora.config.run import Config
 from velora.memory.batches import preprocessor_for_shapes
+from velora.models.build import build_network
 from velora.nn.twin import VeloraTwin
 
 

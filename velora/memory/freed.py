@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from velora.config.roles import Roles, resolve_roles
 from velora.memory.ledger import ACTIVATION, Entry, Ledger, roles_of_modules
+from velora.nn.swap import TWINS, expand_container, find_modules, module_names
 from velora.nn.twin import VeloraTwin
-from velora.roles import Roles, resolve_roles
-from velora.swap import TWINS, expand_container, find_modules, module_names
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from velora.config.roles import Roles, resolve_roles, role_of
 from velora.memory.modules import ModuleStack
 from velora.memory.storages import AllocationTracker, plain_tensors, storage_key
 from velora.nn.twin import VeloraTwin
-from velora.roles import Roles, resolve_roles, role_of
 
 Grouping = Literal["kind", "role", "term", "holders", "module"]
 
@@ -163,7 +163,7 @@ def take_ledger(model: nn.Module, forward: Callable[[], Tensor], roles: Roles | 
     """The ledger of one forward of `model`.
 
     `forward` computes the loss and returns it, as for `measure_saved_bytes`, whose total this ledger's sums equal.
-    `roles` (role -> patterns of module names) are looked up in `velora.roles` where they are not given. The graph
+    `roles` (role -> patterns of module names) are looked up in `velora.config.roles` where they are not given. The graph
     behind the loss survives only if the caller keeps the loss; its backward then runs as usual, but in-place changes
     of saved tensors go unnoticed by autograd.
     """

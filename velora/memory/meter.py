@@ -20,13 +20,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from velora.build import build_network
-from velora.config import Config
-from velora.device import training_device
+from velora.config.run import Config
 from velora.memory.batches import preprocessor_for_shapes, synthetic_batch, training_loss
 from velora.memory.figures import SHORT_OF_PHASE, MemoryFigures, figures_of
 from velora.memory.timeline import Timeline
+from velora.models.build import build_network
 from velora.nn.twin import VeloraTwin
+from velora.run.device import training_device
 
 CUDA_BLOCK_BYTES = 512  # the caching allocator's smallest step
 

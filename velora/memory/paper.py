@@ -26,10 +26,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from velora.config.roles import Roles
 from velora.memory.ledger import roles_of_modules
 from velora.memory.storages import unique_bytes
 from velora.nn.twin import VeloraTwin
-from velora.roles import Roles
 
 COUNTED_ROLES = ("query", "key", "value", "output", "down")
 

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from velora.nn.projection import code_unit, compress, split_width, sum_over_tokens
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
-from velora.projection import code_unit, compress, split_width, sum_over_tokens
 
 
 class VeloraLinear(VeloraTwin, nn.Linear):

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velora.nn.projection import code_unit, compress, split_width, sum_over_tokens
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
-from velora.projection import code_unit, compress, split_width, sum_over_tokens
 
 
 class ScaleShift(nn.Module):

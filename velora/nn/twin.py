@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from velora.projection import INITS, SubTokenStatistics, random_direction
+from velora.nn.projection import INITS, SubTokenStatistics, random_direction
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""

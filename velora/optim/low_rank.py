@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from velora.config.roles import ROLES, Roles, resolve_roles
 from velora.errors import ConfigError
+from velora.nn.swap import find_modules, module_names, raise_problems
 from velora.optim.groups import weight_decay_groups
-from velora.roles import ROLES, Roles, resolve_roles
-from velora.swap import find_modules, module_names, raise_problems
 
 
 def low_rank_groups(
@@ -33,7 +33,9 @@ def low_rank_groups(
     entries = list(resolved) if layers is None else list(layers)
     unknown = [entry for entry in entries if entry in ROLES and entry not in resolved]
     if not entries or unknown:
-        known = f"its roles are {', '.join(resolved)}" if resolved else "its architecture is not in velora/roles.py"
+        known = (
+            f"its roles are {', '.join(resolved)}" if resolved else "its architecture is not in velora/config/roles.py"
+        )
         raise ConfigError(
             f"optimizer.layers={layers}: {type(model).__name__} has no {', '.join(unknown) or 'roles'}; {known}; "
             "name roles or patterns of module names, or set model.roles"

@@ -31,10 +31,10 @@ def main() -> None:
 
 def report(folder: Path, out: Path, figures: bool) -> int:
     """Print the tables and write report.md and the figures; returns the exit status."""
-    from velora.files import why, write_whole
     from velora.report.records import read_records
     from velora.report.tables import tables
     from velora.report.text import for_markdown, for_terminal
+    from velora.run.files import why, write_whole
 
     records, faults = read_records(folder)
     for fault in faults:

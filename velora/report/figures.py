@@ -10,9 +10,9 @@ from typing import Any
 
 import matplotlib
 
-from velora.files import write_whole
 from velora.report.records import Record
 from velora.report.text import for_figure
+from velora.run.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from velora.files import why
-from velora.schema import read_metrics, read_result
+from velora.run.files import why
+from velora.run.schema import read_metrics, read_result
 
 
 @dataclass(frozen=True)
 class Record:
-    """One result.json (`velora.schema.Result`, as a dictionary), where it lies, and its metrics.jsonl."""
+    """One result.json (`velora.run.schema.Result`, as a dictionary), where it lies, and its metrics.jsonl."""
 
     folder: Path
     values: dict[str, Any]

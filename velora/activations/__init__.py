@@ -1,1 +1,0 @@
-"""One file per value of the config group `activations`; see `velora/group.py`."""

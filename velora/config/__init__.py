@@ -1,0 +1,1 @@
+"""All that can be set or refused: composed by Hydra, checked here, without torch."""

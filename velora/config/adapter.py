@@ -1,0 +1,288 @@
+"""Which parameters train (the axis `adapter`): all, the head, or what an adapter inserts.
+
+The mathematics of Hydra and SSF is in `velora/nn`; LoRA is PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from velora.config.parts import Adapter
+from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from velora.config.run import Config
+
+
+class InsertedAdapter(Adapter):
+    """The network is frozen, modules are inserted; they train, a classification head, and what `also_train` matches."""
+
+    also_train: list[str]
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        from velora.nn.adapter_state import save_adapter
+
+        save_adapter(model, folder)
+
+    def also_trained(self, model: nn.Module) -> list[str]:
+        """Names of modules that train whole: a new head, and the matches of `also_train`."""
+        from velora.nn.head import new_head_names
+        from velora.nn.swap import find_modules
+
+        return list(dict.fromkeys([*new_head_names(model), *find_modules(model, self.also_train)]))
+
+
+def target_patterns(targets: list[str], model: nn.Module, config: Config) -> list[str]:
+    """Glob patterns for the roles and patterns in `targets`; ConfigError for a role that the network does not have."""
+    from velora.config.roles import ROLES, resolve_roles
+    from velora.nn.swap import module_names
+
+    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
+    roles = resolve_roles(module_names(model), config.model.roles, declared)
+    unknown = [target for target in targets if target in ROLES and target not in roles]
+    if unknown:
+        raise ConfigError(
+            f"adapter.targets={targets}: model={config.model.name} has no {', '.join(unknown)} layers; its roles are "
+            f"{', '.join(roles) or 'not known, set model.roles'}"
+        )
+    return list(dict.fromkeys(pattern for target in targets for pattern in roles.get(target, [target])))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from `seed` inside, untouched outside: an adapter starts the same whatever ran before it."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+class Full(Adapter):
+    """Full training: no module is added and every parameter requires a gradient."""
+
+    kind: Literal["full"]
+    trains_base_weights: ClassVar[bool] = True
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        return model.requires_grad_(True)
+
+
+class LinearProbe(Adapter):
+    """Linear probing: the backbone is frozen, the head trains.
+
+    The head is what `velora.nn.head.head_names` finds: the classification head of an encoder (two layers in RoBERTa) or
+    of a vision transformer, the output layer of a language model. A language model whose output layer shares its weight
+    with the input embedding gets a copy of its own for the head, so that the embedding stays as it was.
+    """
+
+    kind: Literal["linear_probe"]
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.nn.head import head_names, train_in_float32, untie_head
+
+        model.requires_grad_(False)
+        untie_head(model)
+        for name in head_names(model):
+            train_in_float32(model.get_submodule(name))
+        return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        from velora.nn.adapter_state import save_adapter
+
+        save_adapter(model, folder)
+
+
+# What PEFT is asked for; "orthogonal" is drawn here afterwards.
+_INITS: dict[str, Any] = {"default": True, "orthogonal": True, "pissa": "pissa", "olora": "olora"}
+
+
+class LoRA(InsertedAdapter):
+    """Low-rank adaptation (arXiv 2106.09685): y = x Wᵀ + factor · dropout(x) Aᵀ Bᵀ, with W frozen.
+
+    `scaling`: what the factor is. "alpha_over_rank" as in the paper and PEFT, or "alpha" itself, as in the VeLoRA authors'
+    vision code.
+
+    `init`: "default" (A Kaiming-uniform, B zero), "orthogonal" (A and B each from torch.nn.init.orthogonal_, as in the VeLoRA
+    authors' code: the network does not start as the pre-trained one; PEFT's initialisation of the same name is another,
+    whose product B A is zero), "pissa" (arXiv 2404.02948: principal singular vectors of W, which keeps the rest) or
+    "olora" (arXiv 2406.01775: QR of W).
+    """
+
+    kind: Literal["lora"]
+    rank: PositiveInt
+    alpha: PositiveFloat
+    scaling: Literal["alpha_over_rank", "alpha"]
+    dropout: float = Field(ge=0, lt=1)
+    targets: list[str] = Field(min_length=1)
+    init: Literal["default", "orthogonal", "pissa", "olora"]
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if self.init == "pissa" and config.weights.quantised:
+            yield (
+                f"adapter.init=pissa with weights={config.weights.kind}: PiSSA needs the singular vectors of dense weights; "
+                "use adapter.init=default or olora, or weights=dense"
+            )
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        from velora.nn.head import train_in_float32
+        from velora.nn.swap import find_modules
+
+        targets = list(find_modules(model, target_patterns(self.targets, model, config)))
+        trained_whole = self.also_trained(model)
+        for name in trained_whole:
+            train_in_float32(model.get_submodule(name))
+        peft_config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha * (self.rank if self.scaling == "alpha" else 1),  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=targets,
+            modules_to_save=trained_whole or None,
+            init_lora_weights=_INITS[self.init],
+        )
+        with seeded(config.seed), _told_of_four_bits(model):
+            adapted = get_peft_model(model, peft_config)
+            if self.init == "orthogonal":
+                _draw_orthogonal(adapted)
+        _drop_frozen_copies(adapted)
+        return adapted
+
+
+def _draw_orthogonal(model: nn.Module) -> None:
+    """A (rank x D) with orthonormal rows and B (M x rank) with orthonormal columns, in every LoRA layer."""
+    from peft.tuners.lora import LoraLayer
+    from torch import nn
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
+                nn.init.orthogonal_(factor.weight)
+
+
+def _drop_frozen_copies(model: nn.Module) -> None:
+    """Let what trains whole stand alone: PEFT keeps the module as it was beside it, which only `disable_adapter` would read.
+
+    The trained module takes its place under `original_module`. It is registered after `modules_to_save`, because a parameter
+    goes by the first of its names, and the adapter's files have that one.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            del wrapper.original_module
+            wrapper.original_module = wrapper.modules_to_save[wrapper.active_adapters[0]]
+
+
+@contextmanager
+def _told_of_four_bits(model: nn.Module) -> Iterator[None]:
+    """PEFT takes its 4-bit layers only for a model that says it was loaded in four bits; ours was quantised after."""
+    from velora.nn.quantised import is_quantised
+
+    if not any(is_quantised(module) for module in model.modules()):
+        yield
+        return
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del model.is_loaded_in_4bit
+
+
+class SSFAdapter(InsertedAdapter):
+    """Scaling and shifting the features of a frozen network (arXiv 2210.08823).
+
+    `targets`: roles or patterns; null for all places of the published code, which in any family are every linear
+    layer, every norm and the patch embedding, but not the head.
+    """
+
+    kind: Literal["ssf"]
+    targets: list[str] | None
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.nn.head import head_names, train_in_float32
+        from velora.nn.ssf import SSF, can_have_ssf
+        from velora.nn.swap import replace_modules
+
+        model.requires_grad_(False)
+        trained_whole = self.also_trained(model)
+        excluded = tuple({*head_names(model), *trained_whole})
+
+        def at_target(name: str, module: nn.Module) -> nn.Module:
+            if can_have_ssf(module):
+                return SSF(module)
+            raise ConfigError(f"a {type(module).__name__} takes no scale and shift; a linear layer or a norm does")
+
+        def everywhere(name: str, module: nn.Module) -> nn.Module:
+            outside = any(name == e or name.startswith(e + ".") for e in excluded)
+            return module if outside or not can_have_ssf(module) else SSF(module)
+
+        with seeded(config.seed):
+            if self.targets is None:
+                replace_modules(model, ["*"], everywhere)
+            else:
+                replace_modules(model, target_patterns(self.targets, model, config), at_target)
+        for name in trained_whole:
+            train_in_float32(model.get_submodule(name))
+        return model
+
+
+class TaskSettings(BaseModel):
+    """Scale and dropout that were published for one task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scale: PositiveFloat
+    dropout: float = Field(ge=0, lt=1)
+
+
+class Hydra(InsertedAdapter):
+    """Multi-head low-rank adaptation (arXiv 2309.06922).
+
+    `scale` and `dropout`: a number, or null for the published value of the task in `per_task`, and where there is none
+    scale 1 and no dropout.
+    """
+
+    kind: Literal["hydra"]
+    rank: PositiveInt
+    scale: PositiveFloat | None
+    dropout: float | None = Field(ge=0, lt=1)
+    targets: list[str] = Field(min_length=1)
+    per_task: dict[str, TaskSettings]
+
+    def settings(self, task: str) -> TaskSettings:
+        """Scale and dropout for a task."""
+        published = self.per_task.get(task, TaskSettings(scale=1.0, dropout=0.0))
+        return TaskSettings(
+            scale=published.scale if self.scale is None else self.scale,
+            dropout=published.dropout if self.dropout is None else self.dropout,
+        )
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from torch import nn
+
+        from velora.nn.head import train_in_float32
+        from velora.nn.hydra import HydraLinear
+        from velora.nn.swap import replace_modules
+
+        settings = self.settings(config.task.name)
+
+        def make(name: str, module: nn.Module) -> nn.Module:
+            if not isinstance(module, nn.Linear):
+                raise ConfigError(f"a {type(module).__name__} takes no Hydra branches; a linear layer does")
+            return HydraLinear(module, rank=self.rank, scale=settings.scale, dropout=settings.dropout)
+
+        model.requires_grad_(False)
+        with seeded(config.seed):
+            replace_modules(model, target_patterns(self.targets, model, config), make)
+        for name in self.also_trained(model):
+            train_in_float32(model.get_submodule(name))
+        return model

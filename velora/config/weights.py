@@ -1,0 +1,98 @@
+"""How the weights that do not train are kept (the axis `weights`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from velora.config.parts import Weights
+from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from velora.config.run import Config
+
+
+FloatName = Literal["fp32", "bf16", "fp16"]
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def torch_dtype(name: FloatName) -> torch.dtype:
+    import torch
+
+    return getattr(torch, _TORCH_NAMES[name])
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast all floating-point parameters in place; shared ones stay shared.
+
+    Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA).
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+class Dense(Weights):
+    """All weights in `dtype`. Weights that train are kept in it too: no float32 master copy is made."""
+
+    kind: Literal["dense"]
+    dtype: FloatName
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if self.dtype == config.trainer.precision == "fp16" and config.adapter.trains_base_weights:
+            yield (
+                "weights.dtype=fp16 with trainer.precision=fp16: loss scaling needs the trained weights in fp32; set "
+                "weights.dtype=fp32 (mixed precision) or trainer.precision=fp32 (everything in fp16)"
+            )
+
+    def load_options(self) -> dict[str, Any]:
+        return {"dtype": torch_dtype(self.dtype)}
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        cast_parameters(model, torch_dtype(self.dtype))
+        return model
+
+
+class NF4(Weights):
+    """All linear layers of the backbone in four bits; embeddings, norms and the head stay dense, in `dtype`.
+
+    The dense network is built (or loaded) in `dtype` first and then quantised layer by layer, so random weights and any
+    family work, and the CPU's memory must hold the dense network once.
+    """
+
+    kind: Literal["nf4"]
+    quant_type: Literal["nf4", "fp4"]
+    double_quant: bool
+    dtype: FloatName
+    compute_dtype: FloatName | None
+    quantised: ClassVar[bool] = True
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if config.adapter.trains_base_weights:
+            yield (
+                f"weights=nf4 with adapter={config.adapter.kind}: weights in four bits do not train; "
+                "choose an adapter that leaves them frozen (adapter=lora) or weights=dense"
+            )
+
+    def load_options(self) -> dict[str, Any]:
+        return {"dtype": torch_dtype(self.dtype)}
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.nn.head import head_names
+        from velora.nn.quantised import quantise_model
+
+        cast_parameters(model, torch_dtype(self.dtype))
+        num_layers = quantise_model(
+            model,
+            keep=head_names(model),
+            quant_type=self.quant_type,
+            double_quant=self.double_quant,
+            compute_dtype=torch_dtype(self.compute_dtype or self.dtype),
+            use_gpu=config.trainer.device != "cpu",
+        )
+        if num_layers == 0:
+            raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
+        return model

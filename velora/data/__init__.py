@@ -1,0 +1,1 @@
+"""The tasks: their data, batches and scores."""

@@ -1,0 +1,96 @@
+"""Image classification from files: decoding once or at each use, batches, scores.
+
+Shapes: B images, n images of a split, 3 colours, S x S pixels, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from velora.config.parts import TaskData
+from velora.data.counts import num_examples
+from velora.data.lists import Listed
+from velora.data.protocol import Protocol, phases
+from velora.models.images import ImageTransform
+
+
+class DecodedImages(Dataset):
+    """Examples (uint8 image 3 x S x S, label) out of memory."""
+
+    def __init__(self, images: Tensor, labels: Sequence[int]) -> None:
+        assert len(images) == len(labels)
+        self.images, self.labels = images, labels  # (n, 3, S, S), n
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], self.labels[index]
+
+
+class ListedImages(Dataset):
+    """The same out of files, decoded at each use."""
+
+    def __init__(self, listed: Listed, transform: ImageTransform) -> None:
+        self.listed, self.transform = listed, transform
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.listed[index]
+        return self.transform.read(path), label
+
+
+def image_split(listed: Listed, transform: ImageTransform, keep_decoded: int) -> Dataset:
+    """The images of a list: decoded once, now, where there are at most `keep_decoded`; else at each use."""
+    files = ListedImages(listed, transform)
+    if len(listed) > keep_decoded:
+        return files
+    with ThreadPoolExecutor() as threads:
+        images = list(threads.map(lambda index: files[index][0], range(len(files))))
+    return DecodedImages(torch.stack(images), [label for _, label in listed])
+
+
+def image_collate(transform: ImageTransform) -> Callable[[Sequence[tuple[Tensor, int]]], dict[str, Tensor]]:
+    """Examples -> pixel_values float32 (B x 3 x S x S), labels (B)."""
+
+    def collate(examples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+        images = torch.stack([image for image, _ in examples])
+        return {"pixel_values": transform.normalize(images), "labels": torch.tensor([label for _, label in examples])}
+
+    return collate
+
+
+def top1(predictions: Any, labels: Any) -> dict[str, float]:
+    """Top-1 accuracy over all examples; `predictions` are logits (n x C)."""
+    from velora.data.metrics import scores
+
+    return scores(["accuracy"], predictions, labels)
+
+
+def image_task_data(
+    protocol: Protocol, splits: Mapping[str, Any], transform: ImageTransform, about: dict[str, Any]
+) -> TaskData:
+    """A task of images with the four splits of VTAB-1k, scored by top-1 accuracy."""
+    return TaskData(
+        phases=phases(protocol, splits),
+        collate=image_collate(transform),
+        metrics=top1,
+        best_metric="accuracy",
+        greater_is_better=True,
+        unit="images",
+        num_targets=num_examples,
+        num_items=num_examples,
+        about=about,
+    )
+
+
+def image_batch_shapes(batch_size: int, image_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {"pixel_values": ((batch_size, 3, image_size, image_size), "float32"), "labels": ((batch_size,), "int64")}

@@ -1,1 +1,0 @@
-"""One file per value of the config group `model`; see `velora/group.py`."""

@@ -1,0 +1,141 @@
+"""Finding modules by name and replacing them: used by apply_velora and by every adapter.
+
+`find_modules` is the one way from a pattern to modules. `replace_modules` puts another module in the place of each; it
+makes all of the new ones before it touches the model, so that a refusal leaves the model as it was.
+
+A matched module may be the container of an adapter: what trains then is not the module but some of its children. PEFT's
+LoRA layers hold their A matrices under `lora_A`; a container of this package names its children in a class
+attribute `velora_children: tuple[str, ...]`. `expand_container` goes down to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from velora.config.roles import matches
+from velora.errors import ConfigError
+from velora.nn.linear import VeloraLinear
+from velora.nn.scale_shift import ScaleShift, VeloraScaleShift
+from velora.nn.twin import VeloraTwin
+
+TWINS: dict[type[nn.Module], type[VeloraTwin]] = {nn.Linear: VeloraLinear, ScaleShift: VeloraScaleShift}
+"""Plain class -> its VeLoRA twin. Exact classes only: a subclass may compute or store something else."""
+
+_COMPILED = "_orig_mod"
+"""The name under which torch.compile keeps the module that it wraps."""
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """One ConfigError that names them all; nothing where there are none."""
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def plain_name(name: str) -> str:
+    """A dotted name as it is without torch.compile."""
+    return name.replace(f"{_COMPILED}.", "")
+
+
+def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
+    """The network inside the wrappers of torch.compile, DDP and DataParallel, and what undoes it.
+
+    Compiled parts of the network are replaced by what they wrap, so that every name is the plain network's.
+    """
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    parts = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and name != _COMPILED and _COMPILED in child._modules
+    ]
+    for parent, name, child in parts:
+        while (inner := child._modules.get(_COMPILED)) is not None:
+            child = inner
+        parent._modules[name] = child
+
+    def wrap_again() -> None:
+        for parent, name, child in parts:
+            parent._modules[name] = child
+
+    return model, wrap_again
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """`unwrap` for as long as it is entered."""
+    network, wrap_again = unwrap(model)
+    try:
+        yield network
+    finally:
+        wrap_again()
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return model.module
+    return model._modules.get(_COMPILED)
+
+
+def module_names(model: nn.Module) -> list[str]:
+    """All dotted names in a model, those of modules registered twice too, without the model itself."""
+    return [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+
+
+def find_modules(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Module]:
+    """Name -> module for every module that some pattern matches (see velora/config/roles.py), in the model's order.
+
+    A module that is registered twice stands once, under its first matching name. Raises ConfigError that names each
+    pattern without a match.
+    """
+    modules = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if name]
+    found: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+    patterns = list(patterns)
+    unmatched = [p for p in patterns if not any(matches(name, p) for name, _ in modules)]
+    raise_problems([f"the pattern {pattern!r} matches no module of {type(model).__name__}" for pattern in unmatched])
+    for name, module in modules:
+        if id(module) not in seen and any(matches(name, pattern) for pattern in patterns):
+            seen.add(id(module))
+            found[name] = module
+    return found
+
+
+def expand_container(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The named modules that stand for a matched one: itself, or what an adapter's container trains."""
+    children = getattr(type(module), "velora_children", ("lora_A",) if hasattr(module, "lora_A") else ())
+    if not children:
+        yield name, module
+    for attribute in children:
+        child = getattr(module, attribute)
+        several = isinstance(child, nn.ModuleDict | nn.ModuleList | nn.Sequential)
+        for key, inner in child.named_children() if several else [("", child)]:
+            yield from expand_container(".".join(filter(None, (name, attribute, key))), inner)
+
+
+def replace_modules(
+    model: nn.Module, patterns: Iterable[str], make: Callable[[str, nn.Module], nn.Module]
+) -> dict[str, nn.Module]:
+    """Put `make(name, module)` in the place of each module that some pattern matches; return the new ones by name.
+
+    All names of a module that is registered twice get the same new one. A ConfigError of `make` is collected with those of
+    the other modules and of the patterns; the model is untouched then, if `make` leaves it untouched.
+    """
+    found = find_modules(model, patterns)
+    made: dict[str, nn.Module] = {}
+    problems = []
+    for name, module in found.items():
+        try:
+            made[name] = make(name, module)
+        except ConfigError as error:
+            problems.append(f"{name}: {error}")
+    raise_problems(problems)
+    new_of = {id(found[name]): made[name] for name in found}
+    for parent in list(model.modules()):
+        for attribute, child in list(parent._modules.items()):  # unlike named_children, with all names of one module
+            if child is not None and id(child) in new_of:
+                setattr(parent, attribute, new_of[id(child)])
+    return made

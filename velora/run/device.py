@@ -1,0 +1,24 @@
+"""Where a run trains, and what cannot be done there."""
+
+from __future__ import annotations
+
+import torch
+
+from velora.config.run import Config
+from velora.errors import ConfigError
+
+
+def training_device(config: Config) -> torch.device:
+    """The device of `trainer.device`; ConfigError for one that this machine has not, or a precision that it has not there."""
+    trainer = config.trainer
+    if trainer.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
+    device = torch.device("cuda" if trainer.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if trainer.precision == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "trainer.precision=fp16 scales the loss, which needs a CUDA device, and here the CPU would train; use "
+            "trainer.precision=bf16 or fp32"
+        )
+    if trainer.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use trainer.precision=fp16 or fp32")
+    return device

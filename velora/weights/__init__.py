@@ -1,1 +1,0 @@
-"""One file per value of the config group `weights`; see `velora/group.py`."""
