@@ -1,9 +1,10 @@
 """What CUDA does otherwise than the CPU, as far as it changes memory, for an estimate without a CUDA device.
 
-Fake tensors of device "cuda" cannot run a backward on a machine without one, so the estimate runs fake CPU tensors. Four
+Fake tensors of device "cuda" cannot run a backward on a machine without one, so the estimate runs fake CPU tensors. Five
 things are then made as CUDA makes them:
 
 - dropout keeps a mask of one byte per element (the CPU keeps one of the input's type);
+- products of halves that ask for a float32 result need no cast copies (`sum_over_tokens`);
 - fused attention keeps no matrix of probabilities, with dropout either (the CPU has no fused kernel with dropout);
 - autocast computes normalisations, softmaxes, losses, powers and sums in float32 (the CPU's leaves most of them in half);
 - optimizers without a fused form update all tensors together (`foreach`), with temporaries as large as all of them.
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from velora.projection import sum_over_tokens
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32", by the names Python calls them
 # fmt: off
@@ -49,6 +52,8 @@ class AsOnCuda(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is sum_over_tokens and args[0].dtype in _HALF:
+            return _float32_of_halves(*args)
         if torch.is_autocast_enabled("cpu") and getattr(func, "__name__", "") in _IN_FLOAT32:
             args = tuple(_in_float32(value) for value in args)
             kwargs = {name: _in_float32(value) for name, value in kwargs.items()}
@@ -72,6 +77,11 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or p == 0.0:
         return input
     return torch.native_dropout(input, p, True)[0]
+
+
+def _float32_of_halves(a: Tensor, b: Tensor) -> Tensor:
+    """One product with a float32 result, and no cast copy: only the size counts."""
+    return a.new_empty(*a.shape[:-2], a.shape[-1], b.shape[-1], dtype=torch.float32)
 
 
 def _attention(

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from velora.errors import ConfigError
 
@@ -85,8 +86,10 @@ def sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
     A sum over many tokens in half precision loses its small terms and may overflow, and its result is rounded once more
     than it need be. CUDA multiplies halves and gives float32; elsewhere the factors are cast, a few tokens at a time, so
-    that no copy of a whole one is made.
+    that no copy of a whole one is made. An estimate without a device overrides it as it overrides torch's functions.
     """
+    if not torch.compiler.is_compiling() and has_torch_function((a, b)):
+        return handle_torch_function(sum_over_tokens, (a, b), a, b)
     with _without_autocast(a.device):
         if a.dtype not in (torch.float16, torch.bfloat16):
             return a.mT @ b
