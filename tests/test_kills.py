@@ -19,8 +19,9 @@ TEXT = [*LLAMA[1:], "task=c4", "task.folder=short", "task.shuffle_buffer=4"]
 CONFIGURATIONS: dict[str, list[str]] = {
     **{method: [*TEXT, f"method={method}"] for method in (
         "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "flora", "velora", "velora_all",
-        "lora_velora", "qlora_velora", "ssf_velora", "hydra_velora", "checkpoint",
+        "lora_velora", "qlora_velora", "hydra_velora", "checkpoint",
     )},
+    "ssf_velora": [*TEXT, "method=ssf_velora", "activations.sub_token_size=16"],
     "adamw_8bit": [*TEXT, "method=full", "optimizer=adamw_8bit"],
     "adafactor": [*TEXT, "method=full", "optimizer=adafactor"],
     "lomo": [*TEXT, "method=full", "optimizer=lomo", "trainer.max_grad_norm=null"],
@@ -35,7 +36,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "autocast": [*TEXT, "method=velora", "trainer.precision=bf16"],
     "dropout": [*TEXT, "method=lora_velora", "adapter.dropout=0.2"],
     "roberta": [*ROBERTA[:-2], "method=velora"],
-    "vit": [*VIT, "method=ssf_velora", "model.drop_path=0.2"],
+    "vit": [*VIT[:-1], "task.protocol=best_on_test", "method=ssf_velora", "model.drop_path=0.2"],
 }  # fmt: skip
 LOOP = ["trainer.max_steps=16", "trainer.eval_every=5", "trainer.save_every=4", "trainer.schedule=cosine",
         "trainer.warmup_steps=2", "trainer.measure_memory=true"]  # fmt: skip

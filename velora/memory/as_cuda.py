@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from velora.projection import sum_over_tokens
+from velora.nn.projection import sum_over_tokens
 
 # https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast to float32", by the names Python calls them
 # fmt: off
