@@ -7,10 +7,11 @@ STAMP  := $(VENV)/.installed
 .PHONY: help demo test check bench install clean
 
 help:
-	@echo "make demo    full training, VeLoRA and gradient checkpointing side by side on this machine (about five minutes)"
-	@echo "make test    the test suite"
+	@echo "make demo    full training, VeLoRA and gradient checkpointing on this machine, then a table and a picture (3 to 5 minutes)"
+	@echo "make test    the test suite; no network, no GPU"
 	@echo "make check   lint, format and types"
-	@echo "make bench   speed of the operator against nn.Linear and PEFT's VeLoRA"
+	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA"
+	@echo "make install CONSTRAINTS=   the newest versions that pyproject.toml allows, instead of the tested ones"
 
 # The versions in constraints.txt are the tested ones. CONSTRAINTS= installs the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt

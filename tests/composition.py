@@ -25,10 +25,14 @@ def composed(*overrides: str) -> dict[str, Any]:
 
 
 def columns(experiment: str) -> list[tuple[str, ...]]:
-    """The overrides of an experiment and each of its columns: the tasks and models that it has settings or figures for."""
+    """The overrides of an experiment and each of its columns: the tasks, models or methods that it has settings or figures for."""
     stated = yaml.safe_load(EXPERIMENTS[experiment].read_text())["experiment"]
     found = []
     for column in {**stated.get("settings", {}), **stated.get("paper", {})}:
-        words = column.split()  # "glue/sst2", "llama_60m" or "c4 llama_60m"
-        found.append(tuple(f"{'model' if word.startswith('llama') else 'task'}={word}" for word in words))
+        words = column.split()  # "glue/sst2", "llama_60m", "c4 llama_60m" or "velora"
+        found.append(tuple(f"{_group_of(word)}={word}" for word in words))
     return [(f"experiment={experiment}", *column) for column in dict.fromkeys(found or [()])]
+
+
+def _group_of(choice: str) -> str:
+    return next(group for group in ("task", "model", "method") if (conf_dir() / group / f"{choice}.yaml").is_file())

@@ -100,6 +100,16 @@ def test_figures(folder):
     assert records[0].curve("loss") == ([1, 2, 3], [1.0, 0.5, 1 / 3])
 
 
+def test_what_an_experiment_says_about_itself_is_told_once(folder, capsys):
+    said = {"experiment": {"name": "small", "note": "two rates\n  were tried | one seed"}}
+    write(folder, "lora", 0, 0.5, 1.0, config=said)
+    write(folder, "lora", 1, 0.5, 1.0, config=said)
+    write(folder, "flora", 0, 0.5, 1.0, config={"experiment": {"name": "small", "note": ["no text"]}})
+    assert report(folder, folder, figures=False) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "small: two rates were tried | one seed"
+    assert (folder / "report.md").read_text().endswith("\nsmall: two rates were tried \\| one seed\n")
+
+
 def test_text():
     assert [human_bytes(n) for n in (None, 0, 1023, 1536, 2**20, 150 * 2**20, 3 * 2**40)] == [
         "-", "0 B", "1023 B", "1.5 KiB", "1 MiB", "150 MiB", "3 TiB",

@@ -32,7 +32,7 @@ def main() -> None:
 def report(folder: Path, out: Path, figures: bool) -> int:
     """Print the tables and write report.md and the figures; returns the exit status."""
     from velora.report.records import read_records
-    from velora.report.tables import tables
+    from velora.report.tables import notes, tables
     from velora.report.text import for_markdown, for_terminal
     from velora.run.files import why, write_whole
 
@@ -54,11 +54,14 @@ def report(folder: Path, out: Path, figures: bool) -> int:
 
             drawn = draw(records, out)
         images = [f"![{for_markdown(title)}]({path.name})\n" for title, path in drawn]
-        write_whole(out / "report.md", "\n".join([tables(records, for_markdown), *images]))
+        write_whole(
+            out / "report.md", "\n".join([tables(records, for_markdown), notes(records, for_markdown), *images])
+        )
     except OSError as error:
         print(f"velora-report: --out={out} cannot be written ({why(error)}); name another folder", file=sys.stderr)
         return 2
     for title, path in drawn:
         print(for_terminal(f"{title}: {path}"))
     print(f"report: {out / 'report.md'}")
+    print(notes(records, for_terminal), end="")
     return 0

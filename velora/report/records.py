@@ -34,6 +34,13 @@ class Record:
         return printed.get(f"{self['task']} {self['model']}") or printed.get(self["task"]) or {}
 
     @property
+    def note(self) -> str | None:
+        """What the reader of this record should know, if its experiment says anything: its name, and its own words."""
+        stated = self["config"].get("experiment") or {}
+        note = stated.get("note")
+        return f"{stated.get('name')}: {' '.join(note.split())}" if isinstance(note, str) else None
+
+    @property
     def group(self) -> str | None:
         """The group of tasks that the task of this run belongs to, if any."""
         return (self["config"].get("task") or {}).get("group")

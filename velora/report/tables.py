@@ -38,6 +38,12 @@ def tables(records: list[Record], escape: Escape = for_markdown) -> str:
     return "\n".join(parts)
 
 
+def notes(records: list[Record], escape: Escape = for_markdown) -> str:
+    """What the experiments of these records say about themselves, one paragraph each; empty where they say nothing."""
+    said = dict.fromkeys(r.note for r in records if r.note and r["status"] == "ok")
+    return "".join(f"{escape(note)}\n" for note in said)
+
+
 def _table(group: list[Record], escape: Escape) -> str:
     score_keys = list(dict.fromkeys(k for r in group for k in r.scores))
     memory = {k: name for k, name in _MEMORY.items() if any(r["memory"].get(k) is not None for r in group)}
