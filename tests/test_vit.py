@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import transforms
 
+from velora.config.model import ViT
 from velora.config.parts import Head
 from velora.errors import ConfigError
 from velora.models.images import ImageTransform
-from velora.models.vit import ViT
 from velora.nn.image_classifier import ImageClassifier
 
 HEAD = Head("image_classification", num_labels=5)
