@@ -76,11 +76,10 @@ def count_longer(rows: Sequence[Row], tokenizer: Any, max_length: int) -> int:
 def collate(rows: list[Row], tokenizer: Any, max_length: int, regression: bool) -> dict[str, Tensor]:
     """Tokenise a batch: ids and mask (B, L), labels (B,). Pairs are shortened at the longer text, as published."""
     columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
-    encoded = tokenizer(
-        *columns, truncation=True, max_length=max_length, padding=True, return_attention_mask=True, return_tensors="pt"
-    )
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    batch = tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt")
     labels = torch.tensor([row.label for row in rows], dtype=torch.float32 if regression else torch.int64)
-    return {**encoded, "labels": labels}
+    return {**batch, "labels": labels}
 
 
 def classification_task_data(
