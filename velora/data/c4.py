@@ -27,6 +27,7 @@ from velora.data.documents import (
 from velora.data.text import file_facts
 from velora.errors import ConfigError
 from velora.models import hub
+from velora.models.tokenizer import SENTINELS, check_fit
 from velora.run.notes import note
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ SMALL_BYTES = 2**28  # folders up to this size are hashed and counted for the re
 
 
 def load(task: C4, tokenizer: Any, config: Config) -> TaskData:
-    vocabulary = lm.embedded_words(task, tokenizer, config)
+    vocabulary = check_fit(task.max_length, tokenizer, config, spare=SENTINELS)
     cut = lm.truncated if task.packing == "pad" else lm.packed
 
     def encode(texts: Iterable[str]) -> Iterator[lm.Ids]:

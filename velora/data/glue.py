@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from velora.config.parts import TaskData
 from velora.config.task_text import Glue, GlueLayout, validation_file
-from velora.data.text import Row, check_fit, classification_task_data, count_longer, file_facts, text_lines
+from velora.data.text import Row, classification_task_data, count_longer, file_facts, text_lines
 from velora.errors import ConfigError
 from velora.models import hub
+from velora.models.tokenizer import check_fit
 from velora.run.notes import note
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,6 @@ from velora.config.parts import Phase, TaskData
 from velora.config.task_text import LanguageModelling
 from velora.data.metrics import num_predicted_tokens, num_tokens
 from velora.errors import ConfigError
-from velora.models.tokenizer import SENTINELS, check_length, check_vocabulary, network_limits, vocabulary_size
-
-if TYPE_CHECKING:
-    from velora.config.run import Config
 
 IGNORED = -100
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
@@ -49,14 +45,6 @@ def language_model_task_data(
         reduce_logits=sequence_losses,
         about=about,
     )
-
-
-def embedded_words(task: LanguageModelling, tokenizer: Any, config: Config) -> int:
-    """How many words the network embeds; ConfigError where texts or tokenizer do not fit it."""
-    limits = network_limits(config)
-    check_vocabulary(tokenizer, limits, config, spare=SENTINELS)
-    check_length(task.max_length, limits, config)
-    return vocabulary_size(tokenizer, limits)
 
 
 def truncated(texts: Iterable[str], tokenizer: Any, max_length: int, vocabulary: int) -> Iterator[Ids]:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from velora.config.parts import TaskData
 from velora.config.task_text import Manual, Topics
 from velora.data import language_model as lm
-from velora.data.text import Row, check_fit, classification_task_data, count_longer
+from velora.data.text import Row, classification_task_data, count_longer
+from velora.models.tokenizer import SENTINELS, check_fit
 
 if TYPE_CHECKING:
     from velora.config.run import Config
@@ -30,7 +31,7 @@ SHORTEST = 40  # characters of a paragraph that is asked about
 
 
 def load_manual(task: Manual, tokenizer: Any, config: Config) -> TaskData:
-    vocabulary = lm.embedded_words(task, tokenizer, config)
+    vocabulary = check_fit(task.max_length, tokenizer, config, spare=SENTINELS)
     sides = split_topics(topics)
     blocks = {
         side: list(lm.packed(texts.values(), tokenizer, task.max_length, vocabulary)) for side, texts in sides.items()

@@ -9,7 +9,7 @@ import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,8 @@ from torch import Tensor
 from velora.config.parts import Phase, TaskData
 from velora.data.metrics import num_examples, num_tokens, scores
 from velora.errors import ConfigError
-from velora.models.tokenizer import check_length, check_vocabulary, network_limits
 
-if TYPE_CHECKING:
-    from velora.config.run import Config
-
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what networks take of a tokenizer's answer
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
 
 
@@ -53,13 +50,6 @@ def file_facts(file: Path, **more: Any) -> dict[str, Any]:
     return {"size_bytes": file.stat().st_size, "sha256": digest, **more}
 
 
-def check_fit(max_length: int, tokenizer: Any, config: Config) -> None:
-    """ConfigError where texts or tokenizer do not fit the network."""
-    limits = network_limits(config)
-    check_vocabulary(tokenizer, limits, config)
-    check_length(max_length, limits, config)
-
-
 def count_longer(rows: Sequence[Row], tokenizer: Any, max_length: int) -> int:
     """How many rows have more than `max_length` tokens with their special ones, and are cut."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -79,7 +69,7 @@ def collate(rows: list[Row], tokenizer: Any, max_length: int, regression: bool) 
     encoded = tokenizer(*columns, truncation=True, max_length=max_length)
     batch = tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt")
     labels = torch.tensor([row.label for row in rows], dtype=torch.float32 if regression else torch.int64)
-    return {**batch, "labels": labels}
+    return {**{key: batch[key] for key in INPUTS if key in batch}, "labels": labels}
 
 
 def classification_task_data(

@@ -210,3 +210,11 @@ def check_vocabulary(tokenizer: Any, limits: Limits, config: Config, spare: int 
             f"the tokenizer of model={config.model.name} has {words} words and the network embeds {embedded}: give the "
             "model.tokenizer that belongs to it"
         )
+
+
+def check_fit(max_length: int, tokenizer: Any, config: Config, spare: int = 0) -> int:
+    """How many words the network embeds; ConfigError where texts or tokenizer do not fit it."""
+    limits = network_limits(config)
+    check_vocabulary(tokenizer, limits, config, spare)
+    check_length(max_length, limits, config)
+    return vocabulary_size(tokenizer, limits)
