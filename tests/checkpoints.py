@@ -78,19 +78,21 @@ def network_options(model_type: str) -> dict[str, str]:
 
 def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, seed: int = 0, **model: Any) -> Any:
     """As much of a configuration as a model's builder reads."""
+    from velora.config.model import CausalLM, Encoder
     from velora.config.weights import Dense
-    from velora.models.encoder import Encoder
-    from velora.models.llama import Llama
 
     values = {
         "name": "theirs",
         "path": folder and str(folder),
         "pretrained": True,
         "tokenizer": f"{folder}/words",
+        "tokenizer_folder": None,
+        "architecture": None,
+        "attention": "sdpa",
     } | model
     return SimpleNamespace(
         seed=seed,
-        model={"encoder": Encoder, "llama": Llama}[kind](kind=kind, **values),
+        model={"encoder": Encoder, "causal_lm": CausalLM}[kind](kind=kind, **values),
         weights=Dense(kind="dense", dtype="fp32"),
         data=SimpleNamespace(root=None),
         task=SimpleNamespace(name="their/task", batch_shapes=lambda *_: {"input_ids": ((1, length), "int64")}),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, built, network_options, run, save_network, save_tokenizer
 
-from velora.data.glue import Row, collate
+from velora.data.text import Row, collate
 from velora.errors import ConfigError
 from velora.nn.adapter_state import load_adapter, save_adapter
 
@@ -302,9 +302,9 @@ BAD_ARCHITECTURES = {
 def test_architecture_in_the_yaml(case: str) -> None:
     changes, sentence = BAD_ARCHITECTURES[case]
     architecture = {"model_type": "llama", "vocab_size": None, "rope_theta": 5e5, **FAMILIES["llama"][0]}
-    built(run(None, "llama", pretrained=None, tokenizer="byte", architecture=architecture), None)
+    built(run(None, "causal_lm", pretrained=None, tokenizer="byte", architecture=architecture), None)
     with pytest.raises(ConfigError) as caught:
-        built(run(None, "llama", pretrained=None, tokenizer="byte", architecture=architecture | changes), None)
+        built(run(None, "causal_lm", pretrained=None, tokenizer="byte", architecture=architecture | changes), None)
     assert sentence in str(caught.value)
 
 
@@ -346,17 +346,19 @@ def test_foreign_code_of_a_model_or_tokenizer_is_not_run(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("task", ["glue", "c4"])
 def test_foreign_code_of_a_data_set_is_not_run(tmp_path: Path, monkeypatch, no_prompt, task: str) -> None:
-    from text_helpers import stand_in
+    from text_helpers import stand_in, yaml_keys
 
-    from velora.data.c4 import C4
-    from velora.data.glue import Glue
+    from velora.config.task_text import C4, Glue
     from velora.models.tokenizer import byte_tokenizer
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "theirs.py").write_text(FOREIGN)
     hub = str(tmp_path / "theirs")
-    part = Glue(kind="glue", name="glue/sst2", hub=hub) if task == "glue" else C4(kind="c4", name="c4", hub=hub)
+    if task == "glue":
+        part: Any = Glue(**(yaml_keys("recipe/shared/glue") | {"name": "glue/sst2", "hub": hub}))
+    else:
+        part = C4(**(yaml_keys("task/c4") | {"name": "c4", "hub": hub}))
     with pytest.raises(ConfigError, match=rf"^the data set {hub} of task=.* cannot be loaded: .*; give data.root=DIR"):
         part.load(byte_tokenizer(), stand_in())
     assert not (tmp_path / "executed").exists()

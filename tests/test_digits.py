@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from velora.data.digits import Digits, split_indices
+from velora.config.task import Digits
+from velora.data.digits import split_indices
 from velora.models.images import ImageTransform
 
 TRANSFORM = ImageTransform(8, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

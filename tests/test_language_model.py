@@ -11,10 +11,10 @@ import torch
 from text_helpers import stand_in
 from tiny import VOCABULARY, tiny_llama
 
+from velora.config.model import Limits
 from velora.data import language_model as lm
 from velora.errors import ConfigError
-from velora.models.fit import Limits, check_vocabulary, vocabulary_size
-from velora.models.tokenizer import byte_tokenizer
+from velora.models.tokenizer import byte_tokenizer, check_vocabulary, vocabulary_size
 
 LENGTHS = (9, 5, 2, 7, 9, 3, 4)  # of seven sequences
 

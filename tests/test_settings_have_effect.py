@@ -108,7 +108,7 @@ SECTIONS = {
     "experiment.row": Label(),
     "experiment.note": Label(),
     "experiment.paper": Read("memory/explain.py"),  # test_paper, test_report
-    "data.root": Read("task/glue.py"),  # test_task_glue, test_vtab, test_task_c4
+    "data.root": Read("data/glue.py"),  # test_task_glue, test_vtab, test_task_c4
     "wandb.mode": Arguments("disabled"),
     "wandb.project": Read("run.py"),
     "wandb.entity": Read("run.py"),
@@ -201,59 +201,67 @@ PARTS: dict[str, dict[str, Any]] = {
         "init": Network("svd", VELORA),
         "scale": Network(3.0, VELORA),
     },
-    "model=llama": {
+    "model=causal_lm": {
         "name": Label(),
-        "path": Read("model/_pretrained.py"),  # test_hub
-        "pretrained": Read("model/_pretrained.py"),  # test_hub
+        "path": Read("models/pretrained.py"),  # test_hub
+        "pretrained": Read("config/parts.py"),  # test_hub
         "roles": Network({"value": ["q_proj"], "down": ["down_proj"]}, VELORA),
-        "tokenizer": Read("tokenizer.py"),  # test_tokenizer
-        "tokenizer_folder": Read("tokenizer.py"),  # test_tokenizer
+        "tokenizer": Read("models/tokenizer.py"),  # test_tokenizer
+        "tokenizer_folder": Read("models/tokenizer.py"),  # test_tokenizer
         "architecture": Network({"model_type": "llama", "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}),
         "attention": Network("eager"),
+        "hub": Read("config/model.py"),
     },
     "model=vit": {
         "name": Label(),
-        "path": Read("model/vit.py"),  # test_vit
-        "pretrained": Read("model/vit.py"),  # test_vit
+        "path": Read("models/vit.py"),  # test_vit
+        "pretrained": Read("config/parts.py"),  # test_vit
         "roles": Network({"value": ["mlp.fc1"], "down": ["mlp.fc2"]}, VELORA, vision=True),
         "timm_name": Network("deit_tiny_distilled_patch16_224", vision=True),
         "image_size": Network(64, vision=True),
         "drop_path": Network(0.9, vision=True),
         "normalization": Network("imagenet", vision=True),
+        "split_qkv": Network(True, vision=True),
         "overrides": Network({"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}, vision=True),
     },
-    "task=manual": {"name": Label(), "max_length": Shapes(32), "published_eval_batch_size": Read("task/manual.py")},
+    "task=manual": {"name": Label(), "max_length": Shapes(32), "published_eval_batch_size": Read("data/language_model.py")},
     "task=topics": {
         "name": Label(),
         "max_length": Shapes(32, "task=topics method=full"),
         "num_topics": Shapes(6, "task=topics method=full"),
     },
-    "task=digits": {"name": Label(), "protocol": Read("task/digits.py")},  # test_digits
-    "task=embedded": {"name": Label(), "options": Shapes({"manual": {"max_length": 32}}, "task=embedded")},
+    "task=digits": {"name": Label(), "protocol": Read("data/digits.py")},  # test_digits
+    "task=embedded": {"name": Label(), "options": Shapes({
+        "manual": {"max_length": 32, "published_eval_batch_size": 16},
+        "topics": {"num_topics": 4, "max_length": 64},
+        "digits": {"protocol": "last"},
+    }, "task=embedded")},
     "task=c4": {
         "name": Label(),
         "packing": Shapes("pack", "task=c4"),
         "max_length": Shapes(32, "task=c4"),
-        **{key: Read("task/c4.py") for key in (  # test_task_c4
-            "folder", "eval_tokens", "published_eval_batch_size", "data_seed", "shuffle_buffer", "hub", "hub_subset", "revision",
+        "published_eval_batch_size": Read("data/language_model.py"),
+        **{key: Read("data/c4.py") for key in (  # test_task_c4
+            "folder", "eval_tokens", "data_seed", "shuffle_buffer", "hub", "hub_subset", "revision",
         )},
     },
     "task=glue": {
-        "name": Read("task/glue.py"),  # which of the nine tasks it is
+        "name": Read("config/task_text.py"),  # which of the nine tasks it is
         "max_length": Shapes(32, "task=glue/sst2 method=full"),
-        **{key: Read("task/glue.py") for key in ("folder", "train_size", "eval_size", "hub", "revision")},
+        "folder": Read("config/task_text.py"),
+        **{key: Read("data/glue.py") for key in ("train_size", "eval_size", "hub", "revision")},
     },
     "task=vtab": {
         "name": Label(),
         "num_classes": Shapes(7, "task=vtab/svhn method=full"),
-        **{key: Read("task/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
+        **{key: Read("data/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
     },
 }  # fmt: skip
-PARTS["model=encoder"] = {**PARTS["model=llama"], "roles": Read("activations/velora.py")}
-PARTS["model=encoder"] |= {key: Read("model/_pretrained.py") for key in ("architecture", "attention")}
+PARTS["model=encoder"] = {**PARTS["model=causal_lm"], "roles": Read("config/activations.py")}
+PARTS["model=encoder"] |= {key: Read("models/pretrained.py") for key in ("architecture", "attention")}
 PARTS["model=minilm"] = {
     **PARTS["model=encoder"],
-    **{key: Read("model/minilm.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused
+    **{key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused
 }
 
 EFFECTS: dict[str, Any] = {

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from text_helpers import composed, stand_in, write_shard
+from text_helpers import composed, stand_in, write_shard, yaml_keys
 from tiny import tiny_llama
 from torch.utils.data import DataLoader
 
-from velora.data.c4 import C4
-from velora.data.shards import documents, one_pass, shards_of, through_buffer
+from velora.config.task_text import C4, shards_of
+from velora.data.documents import documents, one_pass, through_buffer
 from velora.errors import ConfigError
 from velora.models import hub
 from velora.models.tokenizer import byte_tokenizer, from_folder
@@ -26,7 +26,8 @@ HELD_OUT = [f"held out {i}" for i in range(5)]
 
 
 def c4(**settings: Any) -> C4:
-    return C4(kind="c4", name="c4", **({"shuffle_buffer": 4, "max_length": 64} | settings))
+    small = {"name": "c4", "shuffle_buffer": 4, "max_length": 64}
+    return C4(**(yaml_keys("task/c4") | small | settings))
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_real_sample(shared_data: Path) -> None:
     tokenizer = from_folder(shared_data / "tokenizers" / "t5")
     config = stand_in(shared_data)
     config.model.architecture = {"vocab_size": 32000}
-    data = C4(kind="c4", name="c4", eval_tokens=5000).load(tokenizer, config)
+    data = c4(eval_tokens=5000, shuffle_buffer=1000, max_length=256).load(tokenizer, config)
     assert data.about["documents"] == {"train": 3300, "validation": 1000}
     batch = data.collate(list(itertools.islice(iter(data.phases[0].train), 8)))
     assert batch["input_ids"].shape == (8, 256)
@@ -177,7 +178,7 @@ def test_real_sample(shared_data: Path) -> None:
 
 
 def test_text_folder_of_the_real_data(shared_data: Path) -> None:
-    assert not list(C4(kind="c4", name="text", folder="text").problems(stand_in(shared_data)))
+    assert not list(c4(name="text", folder="text", max_length=256).problems(stand_in(shared_data)))
     assert len(shards_of(shared_data / "text", "validation")) == 7
 
 

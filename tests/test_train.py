@@ -375,15 +375,15 @@ class Noisy(SeededExamples):
 
 @pytest.fixture
 def noisy(monkeypatch):
-    from velora.data import images as _images
+    from velora.data import digits
 
-    original = _images.image_task_data
+    original = digits.image_task_data
 
     def with_noise(protocol, splits, transform, about):
         splits = {name: Noisy(split) if name.startswith("train") else split for name, split in splits.items()}
         return original(protocol, splits, transform, about)
 
-    monkeypatch.setattr(_images, "image_task_data", with_noise)
+    monkeypatch.setattr(digits, "image_task_data", with_noise)
 
 
 class Killed(BaseException):

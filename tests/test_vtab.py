@@ -14,8 +14,8 @@ import yaml
 from conftest import REPOSITORY
 from PIL import Image
 
+from velora.config.task import VTAB
 from velora.data.images import DecodedImages, ListedImages
-from velora.data.vtab import VTAB
 from velora.errors import ConfigError
 from velora.models.images import ImageTransform
 
@@ -316,7 +316,7 @@ def test_every_key_changes_something(root, monkeypatch, capsys):
         return str(root / "vtab.zip")
 
     monkeypatch.setattr("velora.models.hub.load", load)
-    monkeypatch.setattr("velora.data.archive.unpack_folder", lambda archive, name: folder)
+    monkeypatch.setattr("velora.data.vtab.unpack_folder", lambda archive, name: folder)
     assert task(hub="other/VTAB:all.zip").load(TRANSFORM, config(None)).about["source"] == "other/VTAB:all.zip"
     assert asked == ["the archive other/VTAB:all.zip (about 5 GB)"]
     named_elsewhere = {"kind", "name"}  # the class itself; the run's folder and record

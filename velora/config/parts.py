@@ -3,7 +3,7 @@
 A run is composed from the groups `weights`, `adapter`, `optimizer`, `activations`, `model` and `task`. A value stands in two
 files: `conf/<group>/<value>.yaml` gives its settings, and `velora/<group>/<kind>.py`, named by the key `kind` in it, holds
 one class: the keys that it takes, what can be wrong with them, and what it does. Several YAML files may share a kind
-(`llama_60m` and `llama_7b` are both `kind: llama`). A kind with a dot is an import path, so other people's values need no
+(`llama_60m` and `llama_7b` are both `kind: causal_lm`). A kind with a dot is an import path, so other people's values need no
 change here: `kind: my_package.my_adapter`.
 
 These files import no torch at their top: a configuration is composed, checked and refused in under a second, and
@@ -83,7 +83,7 @@ class TaskData:
     labels)` gets NumPy arrays of all examples and returns named scores, `loss` among them, each a mean over what was summed
     (examples, tokens). `best_metric` names the score that selects an epoch.
 
-    `num_targets(batch)` is what the network's loss of a batch is a mean over (velora/data/counts.py has the usual ones): with it
+    `num_targets(batch)` is what the network's loss of a batch is a mean over (velora/data/metrics.py has the usual ones): with it
     micro-batches and processes add up to the mean over the whole step. `num_items(batch)` counts the `unit` of the speed.
     """
 

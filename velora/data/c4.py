@@ -11,190 +11,132 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import NonNegativeInt, PositiveInt
-
-from velora.config.parts import Head, Phase, Task, TaskData
-from velora.data import shards as _shards
-from velora.data.counts import num_predicted_tokens, num_tokens
+from velora.config.parts import TaskData
+from velora.config.task_text import C4, SIDES, shards_of
+from velora.data import language_model as lm
+from velora.data.documents import (
+    BLANK,
+    SequenceStream,
+    count_documents,
+    documents,
+    no_repairs,
+    one_pass,
+)
 from velora.data.text import file_facts
 from velora.errors import ConfigError
-from velora.models.fit import (
-    SENTINELS,
-    check_length,
-    check_vocabulary,
-    length_problems,
-    network_limits,
-    vocabulary_size,
-)
+from velora.models import hub
+from velora.models.tokenizer import SENTINELS, check_fit
 from velora.run.notes import note
 
 if TYPE_CHECKING:
     from velora.config.run import Config
 
-    Documents = Callable[[str, int], Iterable[str]]  # (side, number of the pass) to texts
+Documents = Callable[[str, int], Iterable[str]]  # (side, number of the pass) to texts
 
 SMALL_BYTES = 2**28  # folders up to this size are hashed and counted for the record
 
 
-class C4(Task):
-    kind: Literal["c4"]
+def load(task: C4, tokenizer: Any, config: Config) -> TaskData:
+    vocabulary = check_fit(task.max_length, tokenizer, config, spare=SENTINELS)
+    cut = lm.truncated if task.packing == "pad" else lm.packed
 
-    folder: str = "c4"  # below data.root
-    packing: Literal["pad", "pack"] = "pad"
-    max_length: PositiveInt = 256
-    eval_tokens: PositiveInt = 10_000_000
-    published_eval_batch_size: PositiveInt = 256
-    data_seed: NonNegativeInt = 42
-    shuffle_buffer: PositiveInt = 1000
-    hub: str = "allenai/c4"
-    hub_subset: str | None = "en"
-    revision: str | None = None
+    def encode(texts: Iterable[str]) -> Iterator[lm.Ids]:
+        return cut(texts, tokenizer, task.max_length, vocabulary)
 
-    def head(self, config: Config) -> Head:
-        return Head("causal_lm")
+    root = config.data.root
+    read, source = _from_hub(task) if root is None else _from_files(task, root)
+    validation, tokens, whole = _validation(task, encode(read("validation", 0)))
+    train = SequenceStream(
+        lambda number: read("train", number),
+        encode,
+        group=config.trainer.examples_per_forward,
+        splits_itself=root is None,
+    )
+    about = {
+        "task": task.name, **source, "packing": task.packing, "max_length": task.max_length,
+        "data_seed": task.data_seed, "shuffle_buffer": task.shuffle_buffer,
+        "validation": {
+            "sequences": len(validation), "tokens": tokens, "budget_tokens": task.eval_tokens,
+            "full_length_sequences": sum(len(ids) == task.max_length for ids in validation),
+            "extent": "all documents" if whole else "the first documents of the shuffled stream, up to the budget",
+        },
+        "training": _training_extent(task, config, source.get("documents", {}).get("train")),
+    }  # fmt: skip
+    return lm.language_model_task_data(task, train, validation, tokenizer, about)
 
-    def problems(self, config: Config) -> Iterator[str]:
-        yield from super().problems(config)
-        yield from length_problems(self.max_length, config)
-        if self.max_length < 2:
-            yield f"task.max_length={self.max_length}: a sequence of one token predicts nothing; give at least 2"
-        if config.trainer.max_steps is None:
-            yield f"trainer.max_steps=null: task={self.name} is a stream without an end; give the number of steps"
-        for key in ("eval_every", "save_every"):
-            if getattr(config.trainer, key) == "epoch":
-                yield f"trainer.{key}=epoch: task={self.name} is a stream without epochs; give a number of steps or a fraction"
-        root = config.data.root
-        if root is None:
-            if self.folder != "c4":
-                yield f"task.folder={self.folder} needs data.root=DIR, the folder that it lies in"
-        elif root.is_dir():
-            yield from _shards.folder_problems(root, root / self.folder)
 
-    def load(self, preprocessor: Any, config: Config) -> TaskData:
-        from velora.data import language_model as lm
-        from velora.data.stream import SequenceStream
+def _validation(task: C4, sequences: Iterator[lm.Ids]) -> tuple[list[lm.Ids], int, bool]:
+    """Sequences until the budget of tokens is reached, their tokens, and whether these are all there are."""
+    chosen: list[lm.Ids] = []
+    tokens = 0
+    for ids in sequences:
+        if tokens >= task.eval_tokens:
+            return chosen, tokens, False
+        chosen.append(ids)
+        tokens += len(ids)
+    if not chosen:
+        raise ConfigError(f"the validation data of task={task.name} do not fill one sequence of two tokens or more")
+    return chosen, tokens, True
 
-        limits = network_limits(config)
-        check_vocabulary(preprocessor, limits, config, spare=SENTINELS)
-        check_length(self.max_length, limits, config)
-        vocabulary = vocabulary_size(preprocessor, limits)
-        cut = lm.truncated if self.packing == "pad" else lm.packed
 
-        def encode(texts: Iterable[str]) -> Iterator[lm.Ids]:
-            return cut(texts, preprocessor, self.max_length, vocabulary)
+def _training_extent(task: C4, config: Config, available: int | None) -> dict[str, Any]:
+    """What the run will read, per passes over the data where one sequence is one document and these were counted."""
+    trainer = config.trainer
+    assert trainer.max_steps is not None  # `problems` saw to it
+    sequences = trainer.max_steps * trainer.batch_size
+    counted = available if task.packing == "pad" else None
+    return {"sequences": sequences, "passes_over_the_data": sequences / counted if counted else None}
 
-        root = config.data.root
-        documents, source = self._from_hub() if root is None else self._from_files(root)
-        validation, tokens, whole = self._validation(encode(documents("validation", 0)))
-        train = SequenceStream(
-            lambda number: documents("train", number),
-            encode,
-            group=config.trainer.examples_per_forward,
-            splits_itself=root is None,
-        )
-        about = {
-            "task": self.name, **source, "packing": self.packing, "max_length": self.max_length,
-            "data_seed": self.data_seed, "shuffle_buffer": self.shuffle_buffer,
-            "validation": {
-                "sequences": len(validation), "tokens": tokens, "budget_tokens": self.eval_tokens,
-                "full_length_sequences": sum(len(ids) == self.max_length for ids in validation),
-                "extent": "all documents" if whole else "the first documents of the shuffled stream, up to the budget",
-            },
-            "training": self._training_extent(config, source.get("documents", {}).get("train")),
-        }  # fmt: skip
-        return TaskData(
-            phases=[Phase("train", train, {"": validation})],
-            collate=lambda sequences: lm.collate(
-                sequences, preprocessor.pad_token_id, self.max_length, masked=self.packing == "pad"
-            ),
-            metrics=lambda sequences, labels: lm.scores(sequences, self.published_eval_batch_size),
-            best_metric="perplexity",
-            greater_is_better=False,
-            unit="tokens",
-            num_targets=num_predicted_tokens,
-            num_items=num_tokens,
-            reduce_logits=lm.sequence_losses,
-            about=about,
-        )
 
-    def batch_shapes(self, batch_size: int, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-        from velora.data.language_model import batch_shapes
+def _from_files(task: C4, root: Path) -> tuple[Documents, dict[str, Any]]:
+    folder = root / task.folder
+    for sentence in task.folder_problems(root):
+        raise ConfigError(sentence)
+    shards = {side: shards_of(folder, side) for side in SIDES}
+    for side, files in shards.items():
+        if next((text for file in files for text in documents(file)), None) is None:
+            raise ConfigError(
+                f"{folder}: the {side} shards ({', '.join(f.name for f in files)}) hold no document with text"
+            )
+    every = [file for files in shards.values() for file in files]
+    small = sum(file.stat().st_size for file in every) <= SMALL_BYTES
+    counted = {side: count_documents(files) for side, files in shards.items()} if small else {}
+    # of a large folder: what this process has read, added to as it goes on; the record is written at the end
+    repairs = {side: counted[side][1] if small else no_repairs() for side in shards}
+    for side, found in repairs.items():
+        if found[BLANK]:
+            note(f"{folder}: {found[BLANK]} blank documents of {side} left out")
+    about = {
+        "source": "files",
+        "folder": task.folder,
+        "corpus": "C4, by the folder's name" if task.folder == "c4" else f"the text in {task.folder}, not C4",
+        "files": {f.name: file_facts(f) if small else {"size_bytes": f.stat().st_size} for f in every},
+        "documents": {side: counted[side][0] if small else None for side in shards},
+        "repairs": repairs,
+    }
 
-        return batch_shapes(batch_size, self.max_length, masked=self.packing == "pad")
+    def read(side: str, number: int) -> Iterator[str]:
+        added_to = None if small or number else repairs[side]  # a later pass finds the same again
+        return one_pass(shards[side], task.shuffle_buffer, task.data_seed + number, added_to)
 
-    def _validation(self, sequences: Iterator[Any]) -> tuple[list[Any], int, bool]:
-        """Sequences until the budget of tokens is reached, their tokens, and whether these are all there are."""
-        chosen: list[Any] = []
-        tokens = 0
-        for ids in sequences:
-            if tokens >= self.eval_tokens:
-                return chosen, tokens, False
-            chosen.append(ids)
-            tokens += len(ids)
-        if not chosen:
-            raise ConfigError(f"the validation data of task={self.name} do not fill one sequence of two tokens or more")
-        return chosen, tokens, True
+    return read, about
 
-    def _training_extent(self, config: Config, available: int | None) -> dict[str, Any]:
-        """What the run will read, per passes over the data where one sequence is one document and these were counted."""
-        trainer = config.trainer
-        assert trainer.max_steps is not None  # `problems` saw to it
-        sequences = trainer.max_steps * trainer.batch_size
-        counted = available if self.packing == "pad" else None
-        return {"sequences": sequences, "passes_over_the_data": sequences / counted if counted else None}
 
-    def _from_files(self, root: Path) -> tuple[Documents, dict[str, Any]]:
-        folder = root / self.folder
-        for sentence in _shards.folder_problems(root, folder):
-            raise ConfigError(sentence)
-        shards = {side: _shards.shards_of(folder, side) for side in _shards.SIDES}
-        for side, files in shards.items():
-            if next((text for file in files for text in _shards.documents(file)), None) is None:
-                raise ConfigError(
-                    f"{folder}: the {side} shards ({', '.join(f.name for f in files)}) hold no document with text"
-                )
-        every = [file for files in shards.values() for file in files]
-        small = sum(file.stat().st_size for file in every) <= SMALL_BYTES
-        counted = {side: _shards.count_documents(files) for side, files in shards.items()} if small else {}
-        # of a large folder: what this process has read, added to as it goes on; the record is written at the end
-        repairs = {side: counted[side][1] if small else _shards.no_repairs() for side in shards}
-        for side, found in repairs.items():
-            if found[_shards.BLANK]:
-                note(f"{folder}: {found[_shards.BLANK]} blank documents of {side} left out")
-        about = {
-            "source": "files",
-            "folder": self.folder,
-            "corpus": "C4, by the folder's name" if self.folder == "c4" else f"the text in {self.folder}, not C4",
-            "files": {f.name: file_facts(f) if small else {"size_bytes": f.stat().st_size} for f in every},
-            "documents": {side: counted[side][0] if small else None for side in shards},
-            "repairs": repairs,
-        }
+def _from_hub(task: C4) -> tuple[Documents, dict[str, Any]]:
+    def fetch() -> Any:
+        from datasets import load_dataset
 
-        def documents(side: str, number: int) -> Iterator[str]:
-            added_to = None if small or number else repairs[side]  # a later pass finds the same again
-            return _shards.one_pass(shards[side], self.shuffle_buffer, self.data_seed + number, added_to)
+        return load_dataset(task.hub, task.hub_subset, streaming=True, revision=task.revision)
 
-        return documents, about
+    remedy = f"give data.root=DIR with {task.folder}/ in it, a folder of json-lines shards for train and validation"
+    data = hub.load(f"the data set {task.hub} of task={task.name}", remedy, fetch, local=Path(task.hub).exists())
+    shuffled = {side: data[side].shuffle(seed=task.data_seed, buffer_size=task.shuffle_buffer) for side in SIDES}
 
-    def _from_hub(self) -> tuple[Documents, dict[str, Any]]:
-        from velora.models.hub import load
+    def read(side: str, number: int) -> Iterator[str]:
+        shuffled[side].set_epoch(number)
+        return (row["text"] for row in shuffled[side] if row["text"].strip())
 
-        def fetch() -> Any:
-            from datasets import load_dataset
-
-            return load_dataset(self.hub, self.hub_subset, streaming=True, revision=self.revision)
-
-        remedy = f"give data.root=DIR with {self.folder}/ in it, a folder of json-lines shards for train and validation"
-        data = load(f"the data set {self.hub} of task={self.name}", remedy, fetch, local=Path(self.hub).exists())
-        shuffled = {
-            side: data[side].shuffle(seed=self.data_seed, buffer_size=self.shuffle_buffer) for side in _shards.SIDES
-        }
-
-        def documents(side: str, number: int) -> Iterator[str]:
-            shuffled[side].set_epoch(number)
-            return (row["text"] for row in shuffled[side] if row["text"].strip())
-
-        about = {"source": "hub", "name": self.hub, "subset": self.hub_subset, "revision": self.revision}
-        return documents, about
+    about = {"source": "hub", "name": task.hub, "subset": task.hub_subset, "revision": task.revision}
+    return read, about

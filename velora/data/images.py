@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from velora.config.parts import TaskData
-from velora.data.counts import num_examples
-from velora.data.lists import Listed
-from velora.data.protocol import Protocol, phases
+from velora.config.parts import Phase, TaskData
+from velora.config.task import Protocol
+from velora.data.metrics import num_examples, scores
+from velora.data.vtab import Listed
 from velora.models.images import ImageTransform
 
 
@@ -70,8 +70,6 @@ def image_collate(transform: ImageTransform) -> Callable[[Sequence[tuple[Tensor,
 
 def top1(predictions: Any, labels: Any) -> dict[str, float]:
     """Top-1 accuracy over all examples; `predictions` are logits (n x C)."""
-    from velora.data.metrics import scores
-
     return scores(["accuracy"], predictions, labels)
 
 
@@ -80,7 +78,7 @@ def image_task_data(
 ) -> TaskData:
     """A task of images with the four splits of VTAB-1k, scored by top-1 accuracy."""
     return TaskData(
-        phases=phases(protocol, splits),
+        phases=_phases(protocol, splits),
         collate=image_collate(transform),
         metrics=top1,
         best_metric="accuracy",
@@ -92,5 +90,13 @@ def image_task_data(
     )
 
 
-def image_batch_shapes(batch_size: int, image_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {"pixel_values": ((batch_size, 3, image_size, image_size), "float32"), "labels": ((batch_size,), "int64")}
+def _phases(protocol: Protocol, splits: Mapping[str, Any]) -> list[Phase]:
+    """What is trained on and evaluated on, in order."""
+    if protocol == "select_then_retrain":
+        return [
+            Phase("select", splits["train800"], {"": splits["val200"]}),
+            Phase(
+                "retrain", splits["train800val200"], {"": splits["test"]}, stop_at_best_of="select", only_at_end=True
+            ),
+        ]
+    return [Phase("train", splits["train800val200"], {"": splits["test"]}, only_at_end=protocol == "last")]

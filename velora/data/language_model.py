@@ -11,19 +11,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
+from velora.config.parts import Phase, TaskData
+from velora.config.task_text import LanguageModelling
+from velora.data.metrics import num_predicted_tokens, num_tokens
 from velora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 IGNORED = -100
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
 
 Ids = np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
+def language_model_task_data(
+    task: LanguageModelling, train: Any, validation: list[Ids], tokenizer: Any, about: dict[str, Any]
+) -> TaskData:
+    """A task of language modelling on sequences of at most `task.max_length` ids."""
+    return TaskData(
+        phases=[Phase("train", train, {"": validation})],
+        collate=lambda sequences: collate(sequences, tokenizer.pad_token_id, task.max_length, masked=task.masked),
+        metrics=lambda sequences, labels: scores(sequences, task.published_eval_batch_size),
+        best_metric="perplexity",
+        greater_is_better=False,
+        unit="tokens",
+        num_targets=num_predicted_tokens,
+        num_items=num_tokens,
+        reduce_logits=sequence_losses,
+        about=about,
+    )
 
 
 def truncated(texts: Iterable[str], tokenizer: Any, max_length: int, vocabulary: int) -> Iterator[Ids]:
@@ -56,8 +77,6 @@ def collate(sequences: list[Ids], padding_id: int, length: int, *, masked: bool)
 
     Packed sequences are full and need no mask: without one the attention takes its faster causal path.
     """
-    import torch
-
     shape = (len(sequences), length)
     input_ids = torch.full(shape, padding_id)
     mask = torch.zeros(shape, dtype=torch.int64)
@@ -70,20 +89,11 @@ def collate(sequences: list[Ids], padding_id: int, length: int, *, masked: bool)
     return {"input_ids": input_ids, **({"attention_mask": mask} if masked else {}), "labels": labels}
 
 
-def batch_shapes(batch_size: int, max_length: int, *, masked: bool) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes of `collate`'s batch where every sequence is full."""
-    keys = ("input_ids", "attention_mask", "labels") if masked else ("input_ids", "labels")
-    return dict.fromkeys(keys, ((batch_size, max_length), "int64"))
-
-
 def sequence_losses(logits: Any, labels: Tensor) -> Tensor:
     """Logits (B, L, V) to (B, 2) in float64: the summed negative log-likelihood (nats) of each sequence, and its predicted tokens.
 
     One sequence at a time and in float32, so that no second B x L x V tensor is made.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
     logits = logits[0] if isinstance(logits, tuple) else logits
     rows = []
     for row, target in zip(logits[:, :-1], labels[:, 1:], strict=True):  # (L - 1, V), (L - 1,)

@@ -1,101 +1,54 @@
-"""Language modelling on a text that every Python carries: the topics of its own manual (`pydoc_data.topics`).
+"""A text that every Python carries: the topics of its own manual (`pydoc_data.topics`). No download, no data folder.
 
-The embedded task: no download, no data folder. The manual repeats itself (the topic `compound` holds those of `if` and `for`), so
+Language models read it whole (`manual`). The manual repeats itself (the topic `compound` holds those of `if` and `for`), so
 each paragraph is kept once, in the longest topic that has it; then whole topics are set aside for validation, chosen by a
-hash of their names. No paragraph is on both sides. Other versions of Python carry another text: size and SHA-256 stand
-in the record.
+hash of their names. No paragraph is on both sides.
+
+Encoders are asked which topic a paragraph belongs to (`topics`). The classes are the longest topics; a paragraph that stands in
+several of them is left out, so that every label is right, and one paragraph in ten, chosen by a hash, is for validation.
+
+Other versions of Python carry another text: version, and size and SHA-256 or numbers, stand in the record.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+import platform
+from pydoc_data.topics import topics
+from typing import TYPE_CHECKING, Any
 
-from pydantic import PositiveInt
-
-from velora.config.parts import Head, Phase, Task, TaskData
-from velora.data.counts import num_predicted_tokens, num_tokens
-from velora.models.fit import (
-    SENTINELS,
-    check_length,
-    check_vocabulary,
-    length_problems,
-    network_limits,
-    vocabulary_size,
-)
+from velora.config.parts import TaskData
+from velora.config.task_text import Manual, Topics
+from velora.data import language_model as lm
+from velora.data.text import Row, classification_task_data, count_longer
+from velora.models.tokenizer import SENTINELS, check_fit
 
 if TYPE_CHECKING:
     from velora.config.run import Config
 
-VALIDATION_SHARE = 10  # one topic in so many
+VALIDATION_SHARE = 10  # one topic, or paragraph, in so many
+SHORTEST = 40  # characters of a paragraph that is asked about
 
 
-class Manual(Task):
-    kind: Literal["manual"]
-
-    max_length: PositiveInt = 256
-    published_eval_batch_size: PositiveInt = 16
-
-    def head(self, config: Config) -> Head:
-        return Head("causal_lm")
-
-    def problems(self, config: Config) -> Iterator[str]:
-        yield from super().problems(config)
-        yield from length_problems(self.max_length, config)
-        if self.max_length < 2:
-            yield f"task.max_length={self.max_length}: a sequence of one token predicts nothing; give at least 2"
-
-    def load(self, preprocessor: Any, config: Config) -> TaskData:
-        from velora.data import language_model as lm
-
-        sides = split_topics(topics())
-        limits = network_limits(config)
-        check_vocabulary(preprocessor, limits, config, spare=SENTINELS)
-        check_length(self.max_length, limits, config)
-        vocabulary = vocabulary_size(preprocessor, limits)
-        blocks = {
-            side: list(lm.packed(texts.values(), preprocessor, self.max_length, vocabulary))
-            for side, texts in sides.items()
-        }
-        about = {
-            "task": self.name,
-            "source": "pydoc_data.topics",
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "text_bytes": {side: sum(len(t.encode()) for t in texts.values()) for side, texts in sides.items()},
-            "text_sha256": hashlib.sha256(
-                "\n".join(f"{k}\n{v}" for k, v in sorted(topics().items())).encode()
-            ).hexdigest(),
-            "topics": {side: len(texts) for side, texts in sides.items()},
-            "validation_topics": sorted(sides["validation"]),
-            "sequences": {side: len(found) for side, found in blocks.items()},
-            "max_length": self.max_length,
-        }
-        return TaskData(
-            phases=[Phase("train", blocks["train"], {"": blocks["validation"]})],
-            collate=lambda sequences: lm.collate(sequences, preprocessor.pad_token_id, self.max_length, masked=False),
-            metrics=lambda sequences, labels: lm.scores(sequences, self.published_eval_batch_size),
-            best_metric="perplexity",
-            greater_is_better=False,
-            unit="tokens",
-            num_targets=num_predicted_tokens,
-            num_items=num_tokens,
-            reduce_logits=lm.sequence_losses,
-            about=about,
-        )
-
-    def batch_shapes(self, batch_size: int, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-        from velora.data.language_model import batch_shapes
-
-        return batch_shapes(batch_size, self.max_length, masked=False)
-
-
-def topics() -> dict[str, str]:
-    """The manual's texts by topic, as this Python carries them."""
-    from pydoc_data.topics import topics
-
-    return topics
+def load_manual(task: Manual, tokenizer: Any, config: Config) -> TaskData:
+    vocabulary = check_fit(task.max_length, tokenizer, config, spare=SENTINELS)
+    sides = split_topics(topics)
+    blocks = {
+        side: list(lm.packed(texts.values(), tokenizer, task.max_length, vocabulary)) for side, texts in sides.items()
+    }
+    whole = "\n".join(f"{name}\n{text}" for name, text in sorted(topics.items()))
+    about = {
+        "task": task.name,
+        "source": "pydoc_data.topics",
+        "python": platform.python_version(),
+        "text_bytes": {side: sum(len(t.encode()) for t in texts.values()) for side, texts in sides.items()},
+        "text_sha256": hashlib.sha256(whole.encode()).hexdigest(),
+        "topics": {side: len(texts) for side, texts in sides.items()},
+        "validation_topics": sorted(sides["validation"]),
+        "sequences": {side: len(found) for side, found in blocks.items()},
+        "max_length": task.max_length,
+    }
+    return lm.language_model_task_data(task, blocks["train"], blocks["validation"], tokenizer, about)
 
 
 def split_topics(texts: dict[str, str]) -> dict[str, dict[str, str]]:
@@ -110,6 +63,42 @@ def split_topics(texts: dict[str, str]) -> dict[str, dict[str, str]]:
                 seen.add(key)
                 kept.append(paragraph)
         if kept:
-            chosen = int(hashlib.sha256(name.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
-            sides["validation" if chosen else "train"][name] = "\n\n".join(kept)
+            sides[_side(name)][name] = "\n\n".join(kept)
     return sides
+
+
+def load_topics(task: Topics, tokenizer: Any, config: Config) -> TaskData:
+    check_fit(task.max_length, tokenizer, config)
+    names, sides = labelled_paragraphs(task.num_topics)
+    about = {
+        "task": task.name,
+        "source": "pydoc_data.topics",
+        "python": platform.python_version(),
+        "classes": names,
+        "examples": {side: len(rows) for side, rows in sides.items()},
+        "cut_at_max_length": {side: count_longer(rows, tokenizer, task.max_length) for side, rows in sides.items()},
+    }
+    return classification_task_data(
+        sides["train"], {"": sides["validation"]}, tokenizer, task.max_length, ["accuracy"], about
+    )
+
+
+def labelled_paragraphs(num_topics: int) -> tuple[list[str], dict[str, list[Row]]]:
+    """Names of the classes, and the rows of `train` and `validation`."""
+    names = sorted(sorted(topics, key=lambda n: (-len(topics[n]), n))[:num_topics])
+    owners: dict[str, set[int]] = {}
+    for label, name in enumerate(names):
+        for paragraph in topics[name].split("\n\n"):
+            text = " ".join(paragraph.split())
+            if len(text) >= SHORTEST:
+                owners.setdefault(text, set()).add(label)
+    sides: dict[str, list[Row]] = {"train": [], "validation": []}
+    for text, labels in owners.items():
+        if len(labels) == 1:
+            sides[_side(text)].append(Row((text,), next(iter(labels))))
+    return names, sides
+
+
+def _side(text: str) -> str:
+    chosen = int(hashlib.sha256(text.encode()).hexdigest(), 16) % VALIDATION_SHARE == 0
+    return "validation" if chosen else "train"

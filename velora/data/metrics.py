@@ -1,114 +1,59 @@
-"""Scores as `evaluate.Metric` classes that compute here, with scikit-learn and scipy: nothing is downloaded for a metric.
+"""Scores of examples, and how much there is in a batch: what its loss is a mean over, what its speed is counted in.
 
-Each takes `predictions` and `references`: class numbers, or real numbers for the correlations. `compute(...)` returns a
-dictionary with one entry, named as the metric.
+Shapes: B examples in a batch, L tokens in a sequence, E examples of an evaluation.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 from scipy.special import log_softmax
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor
+
+Batch = dict[str, Any]
 
 
-class LocalMetric(evaluate.Metric):
-    """A metric that keeps what it is given in memory; the folder that the library makes for each metric is removed at once."""
-
-    dtype = "int64"
-
-    def __init__(self, **options: Any) -> None:
-        with tempfile.TemporaryDirectory(prefix="velora-metric-") as scratch:
-            super().__init__(keep_in_memory=True, cache_dir=scratch, **options)
-
-    def _info(self) -> evaluate.MetricInfo:
-        value = datasets.Value(self.dtype)
-        return evaluate.MetricInfo(
-            description=self.__doc__ or "",
-            citation="",
-            inputs_description="predictions and references: one number per example",
-            features=datasets.Features({"predictions": value, "references": value}),
-        )
+def num_examples(batch: Batch) -> int:
+    """B: a loss of one label each, and the speed of images."""
+    return len(batch["labels"])
 
 
-class Accuracy(LocalMetric):
-    """The share of examples whose class was found."""
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import accuracy_score
-
-        return {"accuracy": float(accuracy_score(references, predictions))}
+def num_predicted_tokens(batch: Batch) -> Tensor:
+    """Labels (B, L) that a language model's loss reads: position i predicts token i + 1, and -100 is no label."""
+    return (batch["labels"][:, 1:] != -100).sum()
 
 
-class F1(LocalMetric):
-    """F1 of class 1, as GLUE scores MRPC and QQP; 0 where nothing was predicted positive."""
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import f1_score
-
-        return {"f1": float(f1_score(references, predictions, zero_division=0.0))}
+def num_tokens(batch: Batch) -> Tensor | int:
+    """Tokens that are not padding; without a mask there is none."""
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
 
 
-class MatthewsCorrelation(LocalMetric):
-    """Matthews' correlation, as GLUE scores CoLA; 0 where all predictions are alike."""
-
-    def _compute(self, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-        from sklearn.metrics import matthews_corrcoef
-
-        return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
-
-
-class Pearson(LocalMetric):
-    """Pearson's correlation of real numbers; not a number where it is undefined."""
-
-    dtype = "float64"
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        from scipy.stats import pearsonr
-
-        return {"pearson": _correlation(pearsonr, predictions, references)}
-
-
-class Spearman(LocalMetric):
-    """Spearman's rank correlation; ties share their mean rank; not a number where it is undefined."""
-
-    dtype = "float64"
-
-    def _compute(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        from scipy.stats import spearmanr
-
-        return {"spearman": _correlation(spearmanr, predictions, references)}
-
-
-def _correlation(function: Any, predictions: Sequence[float], references: Sequence[float]) -> float:
+def correlation(function: Callable[..., Any], labels: Any, predictions: Any) -> float:
     """A correlation of scipy's; not a number where one side is constant, has one example or is not finite."""
-    sides = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    sides = [np.asarray(side, dtype=np.float64) for side in (predictions, labels)]
     if any(len(side) < 2 or not np.isfinite(side).all() or (side == side[0]).all() for side in sides):
         return float("nan")
-    return float(function(*sides)[0])
+    return function(*sides)[0]
 
 
-METRICS: dict[str, type[LocalMetric]] = {
-    "accuracy": Accuracy,
-    "f1": F1,
-    "matthews_correlation": MatthewsCorrelation,
-    "pearson": Pearson,
-    "spearman": Spearman,
+# Each of labels and predictions, E class numbers or, for the correlations, E real numbers.
+METRICS: dict[str, Callable[[Any, Any], float]] = {
+    "accuracy": accuracy_score,
+    "f1": partial(f1_score, zero_division=0.0),  # of class 1, as GLUE scores MRPC and QQP; 0 where none was predicted
+    "matthews_correlation": matthews_corrcoef,  # 0 where all predictions are alike
+    "pearson": partial(correlation, pearsonr),
+    "spearman": partial(correlation, spearmanr),  # ties share their mean rank
 }
 
 
-def compute(names: Sequence[str], predictions: Any, references: Any) -> dict[str, float]:
-    """The named scores of one-dimensional arrays of predictions and references."""
-    scores: dict[str, float] = {}
-    for name in names:
-        found = METRICS[name]().compute(predictions=predictions, references=references)
-        assert found is not None
-        scores.update(found)
-    return scores
+def compute(names: Sequence[str], predictions: Any, labels: Any) -> dict[str, float]:
+    """The named scores of one-dimensional arrays of predictions and labels."""
+    return {name: float(METRICS[name](labels, predictions)) for name in names}
 
 
 def scores(names: Sequence[str], outputs: Any, labels: Any, regression: bool = False) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the text tasks share: tables and shards in local files with exact error messages, and batches of padded ids.
+"""What the text tasks share: reading files with exact error messages, and classification of labelled rows.
 
 Shapes: B examples in a batch, L the longest text of the batch in tokens.
 """
@@ -8,30 +8,25 @@ from __future__ import annotations
 import codecs
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from velora.config.parts import Phase, TaskData
+from velora.data.metrics import num_examples, num_tokens, scores
 from velora.errors import ConfigError
 
-if TYPE_CHECKING:
-    import torch
-
-SHOWN_CHARACTERS = 80
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what networks take of a tokenizer's answer
 ENCODE_TOGETHER = 64  # texts in one call of the tokenizer
 
 
-@dataclass(frozen=True)
-class Line:
-    """One row of a tab-separated file; `number` counts the file's lines from 1, for messages."""
+class Row(NamedTuple):
+    """One example: a text or a pair of texts, and a class number or a score."""
 
-    number: int
-    cells: list[str]
-
-
-def shown(value: str) -> str:
-    """A value in quotes for a message, shortened."""
-    return repr(value if len(value) <= SHOWN_CHARACTERS else value[:SHOWN_CHARACTERS] + "...")
+    texts: tuple[str, ...]
+    label: int | float
 
 
 def text_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, str]]:
@@ -48,22 +43,6 @@ def text_lines(stream: IO[bytes], file: Path) -> Iterator[tuple[int, str]]:
             raise ConfigError(f"{file} line {number} is not UTF-8 text: {error.reason}; save it as UTF-8") from None
 
 
-def read_tsv(file: Path) -> tuple[list[Line], int]:
-    """The lines of a tab-separated file, and how many more are blank or hold nothing but tabs.
-
-    Quotes are plain characters, as in GLUE's files.
-    """
-    try:
-        with file.open("rb") as stream:
-            every = list(text_lines(stream, file))
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
-    lines = [Line(number, text.split("\t")) for number, text in every if text.strip()]
-    if not lines:
-        raise ConfigError(f"{file} is empty: it must be tab-separated text")
-    return lines, len(every) - len(lines)
-
-
 def file_facts(file: Path, **more: Any) -> dict[str, Any]:
     """What identifies a data file in the record."""
     with file.open("rb") as stream:
@@ -71,11 +50,11 @@ def file_facts(file: Path, **more: Any) -> dict[str, Any]:
     return {"size_bytes": file.stat().st_size, "sha256": digest, **more}
 
 
-def count_longer(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: int) -> int:
-    """How many texts (or pairs of texts) have more than `max_length` tokens with their special ones, and are cut."""
+def count_longer(rows: Sequence[Row], tokenizer: Any, max_length: int) -> int:
+    """How many rows have more than `max_length` tokens with their special ones, and are cut."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     # a token is a byte or more, but for a blank that is set before a text
-    long = [row for row in texts if sum(len(text.encode()) + 1 for text in row) + special > max_length]
+    long = [row.texts for row in rows if sum(len(t.encode()) + 1 for t in row.texts) + special > max_length]
     longer = 0
     for start in range(0, len(long), ENCODE_TOGETHER):
         columns = [list(column) for column in zip(*long[start : start + ENCODE_TOGETHER], strict=True)]
@@ -84,14 +63,29 @@ def count_longer(texts: Sequence[tuple[str, ...]], tokenizer: Any, max_length: i
     return longer
 
 
-def padded(texts: list[list[int]], filler: int) -> torch.Tensor:
-    """Rows of different length as one tensor (B, L) of int64, padded at the right."""
-    import torch
+def collate(rows: list[Row], tokenizer: Any, max_length: int, regression: bool) -> dict[str, Tensor]:
+    """Tokenise a batch: ids and mask (B, L), labels (B,). Pairs are shortened at the longer text, as published."""
+    columns = [list(column) for column in zip(*(row.texts for row in rows), strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    batch = tokenizer.pad(encoded, return_attention_mask=True, return_tensors="pt")
+    labels = torch.tensor([row.label for row in rows], dtype=torch.float32 if regression else torch.int64)
+    return {**{key: batch[key] for key in INPUTS if key in batch}, "labels": labels}
 
-    length = max((len(ids) for ids in texts), default=0)
-    return torch.tensor([ids + [filler] * (length - len(ids)) for ids in texts], dtype=torch.int64)
 
-
-def mask_of(texts: list[list[int]]) -> torch.Tensor:
-    """(B, L) of int64: 1 at tokens, 0 at padding."""
-    return padded([[1] * len(ids) for ids in texts], 0)
+def classification_task_data(
+    train: list[Row], validation: dict[str, list[Row]], tokenizer: Any, max_length: int, metrics: Sequence[str],
+    about: dict[str, Any], *, regression: bool = False,
+) -> TaskData:  # fmt: skip
+    """A task on labelled rows; the first of `metrics` selects the best epoch."""
+    return TaskData(
+        phases=[Phase("train", train, validation)],
+        collate=lambda rows: collate(rows, tokenizer, max_length, regression),
+        metrics=lambda logits, labels: scores(metrics, logits, labels, regression),
+        best_metric=metrics[0],
+        greater_is_better=True,
+        unit="tokens",
+        num_targets=num_examples,
+        num_items=num_tokens,
+        reduce_logits=lambda logits, labels: logits[0] if isinstance(logits, tuple) else logits,
+        about=about,
+    )

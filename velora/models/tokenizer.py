@@ -1,4 +1,4 @@
-"""Which tokenizer belongs to a text model, and where its files come from.
+"""Which tokenizer belongs to a text model, where its files come from, and whether texts and tokenizer fit the network.
 
 The first of these that applies: `model.tokenizer=byte` (one token a byte, no files); the folder
 `data.root/tokenizers/<model.tokenizer_folder>`; `model.tokenizer` as a local folder; `model.tokenizer` as a hub name.
@@ -24,12 +24,16 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from velora.config.model import Limits, limits_of
 from velora.errors import ConfigError
 from velora.models.hub import load
 
 if TYPE_CHECKING:
     from velora.config.run import Config
 
+SENTINELS = (
+    100  # words of T5's tokenizer beyond the 32,000 that language models embed; they stand for nothing in a text
+)
 COMPLETE = ("tokenizer.json", "tokenizer_config.json")
 VOCABULARIES = ("vocab.json and merges.txt", "spiece.model", "tokenizer.model", "vocab.txt")
 
@@ -179,3 +183,38 @@ def _from_hub(name: str, tokenizer_folder: str | None) -> Any:
     if tokenizer_folder is not None:
         remedy += f", or data.root=DIR with tokenizers/{tokenizer_folder} in it"
     return load(f"model.tokenizer={name}", remedy, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def network_limits(config: Config) -> Limits:
+    """The limits of this run's network; reads the checkpoint's config.json where it has one."""
+    find = getattr(config.model, "limits", None)
+    return find() if find is not None else limits_of(getattr(config.model, "architecture", None))
+
+
+def check_length(max_length: int, limits: Limits, config: Config) -> None:
+    """ConfigError if the texts are longer than the network's positions."""
+    for sentence in limits.problems(max_length, config):
+        raise ConfigError(sentence)
+
+
+def vocabulary_size(tokenizer: Any, limits: Limits) -> int:
+    """Words that the network embeds: its own figure, or else the tokenizer's length."""
+    return len(tokenizer) if limits.vocabulary is None else int(limits.vocabulary)
+
+
+def check_vocabulary(tokenizer: Any, limits: Limits, config: Config, spare: int = 0) -> None:
+    """ConfigError where the tokenizer has words (more than `spare` of them) that the network does not embed."""
+    words, embedded = len(tokenizer), vocabulary_size(tokenizer, limits)
+    if words > embedded + spare:
+        raise ConfigError(
+            f"the tokenizer of model={config.model.name} has {words} words and the network embeds {embedded}: give the "
+            "model.tokenizer that belongs to it"
+        )
+
+
+def check_fit(max_length: int, tokenizer: Any, config: Config, spare: int = 0) -> int:
+    """How many words the network embeds; ConfigError where texts or tokenizer do not fit it."""
+    limits = network_limits(config)
+    check_vocabulary(tokenizer, limits, config, spare)
+    check_length(max_length, limits, config)
+    return vocabulary_size(tokenizer, limits)

@@ -1,53 +1,37 @@
-"""Documents from json-lines shards in a folder: found, read in a shuffled order that repeats, counted. No torch here.
+"""Documents from json-lines shards, in a shuffled order that repeats; and sequences from documents without end.
 
-A shard is a file `*.json`, `*.jsonl`, `*.json.gz` or `*.jsonl.gz` with one JSON object per line, whose field `text` is the
-document; its other fields are ignored. A name that contains `train` or `validation` tells the side.
+A shard has one JSON object per line, whose field `text` is the document; its other fields are ignored.
+
+Each iteration of a stream begins at the first document again, with the same order: an interrupted run skips what it has seen
+and goes on with what it would have seen.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TypeVar
 
+from torch.utils.data import IterableDataset, get_worker_info
+
+from velora.data.language_model import Ids
 from velora.data.text import text_lines
 from velora.errors import ConfigError
 from velora.run.notes import note
 
 T = TypeVar("T")
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-SIDES = ("train", "validation")
 BLANK, SURROGATES = "blank_documents_left_out", "documents_with_lone_surrogates_replaced"
 Repairs = dict[str, int]
 """What reading has left out or changed: numbers of documents under the two names above."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def shards_of(folder: Path, side: str) -> list[Path]:
-    """The shards of one side, by name."""
-    return sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and side in p.name and p.is_file())
-
-
-def folder_problems(root: Path, folder: Path) -> Iterator[str]:
-    """Sentences about a folder that is missing or lacks the shards of a side."""
-    if not folder.is_dir():
-        usable = sorted(p.name for p in root.iterdir() if p.is_dir() and all(shards_of(p, side) for side in SIDES))
-        found = f"below it {', '.join(usable)} hold shards" if usable else "no folder below it holds shards"
-        yield f"data.root={root} has no folder {folder.name} (task.folder) with json-lines shards; {found}"
-        return
-    missing = [side for side in SIDES if not shards_of(folder, side)]
-    if missing:
-        yield (
-            f"{folder} holds no shard for {' and none for '.join(missing)}: a file with that word in its name that "
-            f"ends in {', '.join(SUFFIXES)}"
-        )
 
 
 def no_repairs() -> Repairs:
@@ -134,3 +118,42 @@ def _text(shard: Path, number: int, line: str) -> str:
     if not isinstance(row["text"], str):
         raise ConfigError(f"{shard} line {number}: the field 'text' is {row['text']!r:.80}, not a string")
     return row["text"]
+
+
+class SequenceStream(IterableDataset):
+    """Sequences made by `encode` from the documents of `one_pass(0)`, `one_pass(1)`, ... without end.
+
+    With several loading processes, process w of W encodes every W-th group of `group` documents, so that none is seen twice;
+    `splits_itself` says that the source of the documents sees to that already.
+    """
+
+    def __init__(
+        self,
+        one_pass: Callable[[int], Iterable[str]],
+        encode: Callable[[Iterable[str]], Iterator[Ids]],
+        *,
+        group: int,
+        splits_itself: bool = False,
+    ) -> None:
+        super().__init__()
+        self.one_pass = one_pass
+        self.encode = encode
+        self.group = group
+        self.splits_itself = splits_itself
+
+    def __iter__(self) -> Iterator[Ids]:
+        worker = get_worker_info()
+        documents = self._passes()
+        if worker is None or self.splits_itself:
+            return self.encode(documents)
+        mine, of = worker.id, worker.num_workers
+        return self.encode(d for i, d in enumerate(documents) if i // self.group % of == mine)
+
+    def _passes(self) -> Iterator[str]:
+        for number in itertools.count():
+            empty = True
+            for document in self.one_pass(number):
+                empty = False
+                yield document
+            if empty:
+                raise ConfigError("the training shards hold no document with text")
