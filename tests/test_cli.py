@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from velora.config.overrides import checked, quoted
 
 from velora.cli import default_name
-from velora.config.overrides import checked, quoted
 
 
 def test_output_folder_that_cannot_be_written(cli):

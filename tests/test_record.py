@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from velora.config.identity import differing_keys
+
 from velora.config.run import _Run, parse
 from velora.errors import ConfigError
 from velora.run.checkpoints import write_manifest
