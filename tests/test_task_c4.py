@@ -99,7 +99,7 @@ def test_the_order_follows_data_seed_and_not_the_seed_of_the_run(root: Path) -> 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_loading_processes_share_the_documents(root: Path, num_workers: int) -> None:
-    data = load(root, stand_in(root, examples_per_forward=3))
+    data = load(root, stand_in(root, micro_batch_size=3))
     loader = DataLoader(data.phases[0].train, batch_size=3, collate_fn=lambda s: s, num_workers=num_workers)
     iterator = iter(loader)
     found = [byte_tokenizer().decode(ids[:-1]) for _ in range(10) for ids in next(iterator)]
