@@ -181,8 +181,8 @@ def test_keys_that_make_another_run(key):
         ("name", "a/seed0", "name=a/seed0: seed0 would lie inside the folder of another run"),
         ("seed", 99999999999, "seed=99999999999 is not valid: input should be less than or equal to 4294967295"),
         ("seed", -1, "seed=-1 is not valid"),
-        ("seed", True, "seed=True is not valid: input should be a valid integer"),
-        ("seed", 1.0, "seed=1.0 is not valid: input should be a valid integer"),
+        ("seed", True, "seed=true is not valid: input should be an integer"),
+        ("seed", 1.0, "seed=1.0 is not valid: input should be an integer"),
     ],
 )
 def test_names_and_seeds_that_cannot_be(key, value, sentence):

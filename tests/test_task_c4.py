@@ -162,8 +162,7 @@ def test_another_folder_is_named_for_what_it_is(root: Path) -> None:
 
 def test_real_sample(shared_data: Path) -> None:
     tokenizer = from_folder(shared_data / "tokenizers" / "t5")
-    config = stand_in(shared_data)
-    config.model.architecture = {"vocab_size": 32000}
+    config = stand_in(shared_data, architecture={"vocab_size": 32000})
     data = C4(kind="c4", name="c4", eval_tokens=5000).load(tokenizer, config)
     assert data.about["documents"] == {"train": 3300, "validation": 1000}
     batch = data.collate(list(itertools.islice(iter(data.phases[0].train), 8)))

@@ -23,7 +23,7 @@ _MODELS = {"causal_lm": "llama_tiny", "sequence_classification": "roberta_tiny",
 
 
 def stand_in(
-    root: Path | None = None, seed: int = 0, modality: str = "causal_lm", architecture: Any = None, **trainer: Any
+    root: Path | None = None, seed: int = 0, modality: str = "causal_lm", architecture: Any = (), **trainer: Any
 ) -> Config:
     """A run for a task that is tried alone: a short one, of a network whose limits are not known."""
     config = _plain(f"model={_MODELS[modality]}", "task=embedded", "method=full")
@@ -32,7 +32,7 @@ def stand_in(
         update={
             "seed": seed,
             "data": DataConfig(root=root),
-            "model": config.model.model_copy(update={"name": "some_model", "architecture": architecture}),
+            "model": config.model.model_copy(update={"name": "some_model", "architecture": dict(architecture)}),
             "trainer": config.trainer.model_copy(update=settings | trainer),
         }
     )

@@ -221,7 +221,7 @@ class Config(Section):
     """One run, validated. `raw` is the plain composed dictionary, as it goes into the record."""
 
     name: Incidental[str] = Field(pattern=r"^[\w+=,@-][^\s\\]*$")
-    seed: int = Field(strict=True, ge=0, le=2**32 - 1)  # what NumPy's generator takes
+    seed: int = Field(ge=0, le=2**32 - 1)  # what NumPy's generator takes
     runs_dir: Incidental[Path]
     resume: Incidental[Literal["auto", "never", "required"]]
     overwrite: Incidental[bool]
