@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import functools
 from typing import Any
 
 import tiny
 import torch
+from text_helpers import composed
 from torch import Tensor, nn
 
 from velora.config.adapter import Hydra, LoRA, SSFAdapter
+from velora.config.run import Config
 from velora.config.weights import NF4, Dense
 
 FAMILIES = ("llama", "roberta", "vit")
 
 
-def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Any:
-    """As much of a run's configuration as an adapter reads."""
-    return SimpleNamespace(
-        seed=seed,
-        model=SimpleNamespace(name="tiny", roles=None),
-        task=SimpleNamespace(name=task),
-        trainer=SimpleNamespace(device="auto"),
-        **parts,
-    )
+_plain = functools.cache(composed)
+
+
+def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Config:
+    """A run's configuration with `parts` in place of its own; the networks of these tests are not built from it."""
+    plain = _plain("method=full")
+    return plain.model_copy(update={"seed": seed, "task": plain.task.model_copy(update={"name": task}), **parts})
 
 
 def lora(**changes: Any) -> LoRA:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from text_helpers import composed
 
 from velora.config.parts import Head
+from velora.config.run import Config
 
 NO_SDPA = ("deberta", "deberta-v2", "gemma2", "gptj", "gpt_neo", "mpnet")
 SIZES = {
@@ -76,12 +78,16 @@ def network_options(model_type: str) -> dict[str, str]:
     return {"attn_implementation": "eager"} if model_type in NO_SDPA else {}
 
 
-def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, seed: int = 0, **model: Any) -> Any:
-    """As much of a configuration as a model's builder reads."""
-    from velora.config.model import CausalLM, Encoder
-    from velora.config.weights import Dense
+_plain = functools.cache(composed)
+_TASKS = {"encoder": ("topics", "roberta_tiny"), "causal_lm": ("manual", "llama_tiny")}
 
+
+def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, seed: int = 0, **model: Any) -> Config:
+    """A run whose network is such a checkpoint."""
+    task, ours = _TASKS[kind]
+    config = _plain("method=full", f"task={task}", f"model={ours}", f"task.max_length={length}")
     values = {
+        "kind": kind,
         "name": "theirs",
         "path": folder and str(folder),
         "pretrained": True,
@@ -90,13 +96,7 @@ def run(folder: Path | str | None, kind: str = "encoder", *, length: int = 16, s
         "architecture": None,
         "attention": "sdpa",
     } | model
-    return SimpleNamespace(
-        seed=seed,
-        model={"encoder": Encoder, "causal_lm": CausalLM}[kind](kind=kind, **values),
-        weights=Dense(kind="dense", dtype="fp32"),
-        data=SimpleNamespace(root=None),
-        task=SimpleNamespace(name="their/task", batch_shapes=lambda *_: {"input_ids": ((1, length), "int64")}),
-    )
+    return config.model_copy(update={"seed": seed, "model": type(config.model)(**values)})
 
 
 def built(config: Any, num_labels: int | None = 2) -> tuple[Any, Any]:

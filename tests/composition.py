@@ -1,27 +1,15 @@
-"""Composing configurations in the test's own process, as the command line does."""
+"""The shipped experiments and their columns."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from velora.cli import conf_dir
+from velora.config.compose import conf_dir
 
 EXPERIMENTS = {
     str(file.relative_to(conf_dir() / "experiment").with_suffix("")): file
     for file in sorted((conf_dir() / "experiment").rglob("*.yaml"))
 }
-
-
-def composed(*overrides: str) -> dict[str, Any]:
-    """The plain composed dictionary, with a name."""
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
-    assert isinstance(raw, dict)
-    return {**raw, "name": "test"}
 
 
 def columns(experiment: str) -> list[tuple[str, ...]]:

@@ -9,9 +9,8 @@ from typing import Any
 
 from text_helpers import composed
 
+import velora
 from velora.config.run import Config
-from velora.run.record import Run
-from velora.run.run import execute
 
 LLAMA = ["task=manual", "model=llama_tiny", "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=32",
          "model.architecture.intermediate_size=48", "model.architecture.num_attention_heads=4",
@@ -40,9 +39,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
     return composed(*SHORT, f"runs_dir={folder}", *overrides)
 
 
-def train(config: Config) -> dict[str, Any]:
-    """Run a configuration, or continue it; returns the record."""
-    return execute(config, Run(config))
+train = velora.train
 
 
 def lines_of(config: Config) -> list[dict[str, Any]]:

@@ -10,22 +10,13 @@ from functools import cache
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from text_helpers import composed
 
-from velora.cli import conf_dir
-from velora.config.run import Config, validate
 from velora.memory.ledger import measure_saved_bytes
 from velora.models.build import build_network
 
 FAMILIES = ("llama_tiny", "roberta_tiny", "vit_tiny")
 TERMS = ("weights", "gradients", "optimizer", "saved")
-
-
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        raw = OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
-    return validate({**raw, "name": "test"})
 
 
 def tensors(value):

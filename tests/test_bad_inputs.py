@@ -135,6 +135,7 @@ VALUES = {
     "moment out of range": Bad("optimizer.betas=[0.9,1.5]", ("optimizer.betas.1=1.5", "less than 1")),
     "one moment": Bad("optimizer.betas=[0.9]", ("optimizer.betas.1 is missing",)),
     "unknown word": Bad("trainer.schedule=cosin", ("trainer.schedule=cosin", "'linear', 'cosine' or 'constant'")),
+    "objective": Bad("objective=accuracy", ("objective=accuracy is not a score", "like metrics.accuracy")),
     "no data folder": Bad("data.root=nowhere", ("data.root=nowhere is not a folder", "leave it out")),
     "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
     "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),

@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from hydra.experimental.callback import Callback
 
-from velora.cli import default_name
-from velora.config.overrides import checked, quoted
+import velora.cli
+from velora.config.compose import checked, default_name, quoted
+from velora.errors import RunError
 
 
 def test_output_folder_that_cannot_be_written(cli):
@@ -49,16 +51,20 @@ def test_the_configuration_imports_no_torch(tmp_path):
 def test_globs_reach_nested_values_and_never_match_nothing(tmp_path):
     (tmp_path / "task" / "mine").mkdir(parents=True)
     (tmp_path / "task" / "mine" / "a.yaml").write_text("")
+
+    def written(arguments):
+        return checked(arguments)[0]
+
     glue = ["cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"]
-    assert checked(["-m", "task=glob(glue/*)"]) == ["-m", "task=" + ",".join(f"glue/{name}" for name in glue)]
-    assert checked(["-m", "task=glob(glue/s*)", "seed=1"]) == ["-m", "task=glue/sst2,glue/stsb", "seed=1"]
-    assert checked(["-m", "--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
-    assert checked(["-m", "task=glob([manual,glue/s*],exclude=glue/stsb)"])[-1] == "task=glue/sst2,manual"
-    assert checked(["-m", "method=glob(*,exclude=[*lora*,s*,f*])"])[-1] == "method=checkpoint,galore,hydra,linear_probe"
-    assert checked(["task=glob(man*)"]) == ["task=manual"]
-    assert "glue/sst2" not in checked(["-m", "task=glob(*)"])[-1]
+    assert written(["-m", "task=glob(glue/*)"]) == ["-m", "task=" + ",".join(f"glue/{name}" for name in glue)]
+    assert written(["-m", "task=glob(glue/s*)", "seed=1"]) == ["-m", "task=glue/sst2,glue/stsb", "seed=1"]
+    assert written(["-m", "--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
+    assert written(["-m", "task=glob([manual,glue/s*],exclude=glue/stsb)"])[-1] == "task=glue/sst2,manual"
+    assert written(["-m", "method=glob(*,exclude=[*lora*,s*,f*])"])[-1] == "method=checkpoint,galore,hydra,linear_probe"
+    assert written(["task=glob(man*)"]) == ["task=manual"]
+    assert "glue/sst2" not in written(["-m", "task=glob(*)"])[-1]
     untouched = ["trainer.batch_size=4", "data.root='/a,b'", "~experiment", "+trainer.compile=true"]
-    assert checked(untouched) == untouched
+    assert written(untouched) == untouched
 
 
 def test_name_holds_what_changes_the_result():
@@ -67,6 +73,58 @@ def test_name_holds_what_changes_the_result():
     swept = default_name(raw, ["trainer.max_steps=3", "activations.sub_token_size=8"])
     assert swept == "glue_sst2-minilm-velora-activations.sub_token_size=8-trainer.max_steps=3"
     assert len(default_name(raw, [f"model.path=/{'x' * 300}"])) < 255
+    kept_out = ["wandb.mode=disabled", "trainer.measure_memory=false", "+experiment.note=why", "objective=metrics.loss"]
+    assert default_name(raw, [*kept_out, "hydra.verbose=true", "resume=never"]) == "glue_sst2-minilm-velora"
+
+
+SCORES = {}
+
+
+class Collecting(Callback):
+    """What a sweeper sees of a job."""
+
+    def on_job_end(self, config, job_return, **_):
+        SCORES[config.seed] = job_return.return_value
+
+
+@pytest.fixture
+def scores(tmp_path, monkeypatch):
+    """Hydra's view of `velora-train -m seed=0,1 <objective>` where the second run fails; and the exit status."""
+    record = {"metrics": {"accuracy": 0.5, "f1": None, "best": {"accuracy": 0.75}}}
+
+    def train(config):
+        if config.seed == 1:
+            raise RunError("it ends badly")
+        return record
+
+    def run(objective):
+        SCORES.clear()
+        callback = f"+hydra.callbacks.scores._target_={__name__}.Collecting"
+        monkeypatch.setattr("sys.argv", ["velora-train", "-m", "seed=0,1", objective, callback, f"runs_dir={tmp_path}"])
+        with pytest.raises(SystemExit) as ended:
+            velora.cli.train()
+        return dict(SCORES), ended.value.code
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr("velora.run.run.train", train)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("objective", "score"),
+    [("metrics.accuracy", 0.5), ("metrics.best.accuracy", 0.75), ("metrics.f1", None), ("null", None)],
+)
+def test_a_sweeper_gets_the_score_that_the_objective_names(scores, objective, score):
+    assert scores(f"objective={objective}") == ({0: score, 1: None}, 1)
+
+
+def test_an_objective_that_is_no_score(scores, capsys):
+    assert scores("objective=metrics.acuracy") == ({0: None, 1: None}, 2)
+    said = capsys.readouterr().err.splitlines()[0]
+    assert said == (
+        "velora-train: objective=metrics.acuracy is not a score of this run, whose record is written; its scores are "
+        "metrics.accuracy, metrics.f1, metrics.best.accuracy"
+    )
 
 
 @pytest.mark.parametrize(

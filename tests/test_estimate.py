@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from text_helpers import composed
 from torch import nn
 
-from velora.cli import conf_dir
-from velora.config.run import Config, validate
+from velora.config.run import Config
 from velora.memory.as_cuda import AsOnCuda
 from velora.memory.estimate import estimate, largest_batch, pretend, target_device
 from velora.memory.ledger import take_ledger
@@ -55,11 +53,7 @@ ALONG_THE_AXES = [
 
 
 def configured(*overrides: str, device: str = "cpu") -> Config:
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        composed = compose("config", overrides=[*overrides, f"trainer.device={device}"])
-    raw = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(raw, dict)
-    return validate({**raw, "name": "test"})
+    return composed(*overrides, f"trainer.device={device}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -169,13 +169,12 @@ def test_what_trains_whole_is_saved_loaded_and_merged(tmp_path):
 
 def test_estimate_counts_what_trains_whole_once():
     """LLaMA-60M as table4/lora trains it; the sizes are GaLore's configs/llama_60m.json."""
-    from composition import composed
+    from text_helpers import composed
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from velora.config.run import validate
     from velora.memory.fake import fake_network
 
-    network = fake_network(validate(composed("experiment=table4/lora")), FakeTensorMode())
+    network = fake_network(composed("experiment=table4/lora"), FakeTensorMode())
     words, hidden, mlp, layers, rank = 32_000, 512, 1376, 8, 128
     whole = 2 * words * hidden + (2 * layers + 1) * hidden
     linear = layers * (4 * hidden * hidden + 3 * hidden * mlp)

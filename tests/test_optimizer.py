@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from types import SimpleNamespace
 
 import optim_helpers as helpers
 import pytest
 import torch
 import yaml
 from pydantic import ValidationError
+from text_helpers import composed
 from tiny import tiny_llama, tiny_roberta, tiny_vit, token_batch
 
 from velora.cli import conf_dir
@@ -26,18 +27,16 @@ def part(name, **changes):
     return part_class("optimizer", settings["kind"], Optimizer).model_validate(settings)
 
 
+plain = functools.cache(composed)
+
+
 def run(adapter="full", **trainer):
+    config = plain("method=full", f"adapter={adapter}", "seed=7")
     defaults = {
-        "learning_rate": 1e-2, "weight_decay": 0.1, "accumulation_steps": 1,
-        "micro_batch_size": None, "batch_size": 16, "max_grad_norm": None,
+        "learning_rate": 1e-2, "weight_decay": 0.1, "micro_batch_size": None, "batch_size": 16, "max_grad_norm": None,
         "precision": "fp32",
     }  # fmt: skip
-    return SimpleNamespace(
-        trainer=SimpleNamespace(**{**defaults, **trainer}),
-        adapter=SimpleNamespace(kind=adapter, trains_base_weights=adapter == "full"),
-        model=SimpleNamespace(name="tiny", roles=None),
-        seed=7,
-    )
+    return config.model_copy(update={"trainer": config.trainer.model_copy(update={**defaults, **trainer})})
 
 
 def one_step(model, optimizer):
@@ -86,7 +85,7 @@ def test_settings_arrive():
         "decay_rate": -0.8,
     }
     assert expected.items() <= adafactor.param_groups[0].items()
-    layerwise = part("galore", layerwise=True).build(tiny_llama(), run(accumulation_steps=4))
+    layerwise = part("galore", layerwise=True).build(tiny_llama(), run(micro_batch_size=4))
     assert layerwise.layerwise
     assert layerwise.accumulation_steps == 4
     assert isinstance(part("lomo").build(tiny_llama(), run()), Lomo)
@@ -149,7 +148,7 @@ def test_an_unknown_architecture_and_a_missing_role():
         ("galore", {"layerwise": True}, {"precision": "fp16"}, "use trainer.precision=bf16 or fp32"),
         ("flora", {"beta1": None}, {}, "use optimizer=adafactor"),
         ("lomo", {}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
-        ("lomo", {}, {"accumulation_steps": 2}, "set trainer.micro_batch_size=null"),
+        ("lomo", {}, {"micro_batch_size": 8}, "set trainer.micro_batch_size=null"),
     ],
 )
 def test_what_cannot_be_combined_is_said_in_a_sentence(name, changes, trainer, sentence):
@@ -161,9 +160,9 @@ def test_what_cannot_be_combined_is_said_in_a_sentence(name, changes, trainer, s
 @pytest.mark.parametrize(
     ("name", "changes", "trainer"),
     [
-        ("galore", {"layerwise": True}, {"accumulation_steps": 4}),
+        ("galore", {"layerwise": True}, {"micro_batch_size": 4}),
         ("galore", {}, {"max_grad_norm": 1.0, "precision": "fp16"}),
-        ("flora", {"beta1": None, "layerwise": True}, {"accumulation_steps": 4}),
+        ("flora", {"beta1": None, "layerwise": True}, {"micro_batch_size": 4}),
     ],
 )
 def test_what_can_be_combined_is_not_refused(name, changes, trainer):

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from composition import EXPERIMENTS, composed
+from composition import EXPERIMENTS
+from text_helpers import composed
 from torch import nn
-
-from velora.config.run import validate
 
 ENTRIES = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text())
 WITHOUT_FACTS = {"table2/velora_full", "table4/flora_rank"}  # not printed; not known whether printed
@@ -29,7 +28,7 @@ def look_up(raw: Any, key: str) -> Any:
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: " ".join(entry["overrides"]))
 def test_composed_as_published(entry):
-    raw = composed(*entry["overrides"])
+    raw = composed(*entry["overrides"]).raw
     found = {key: look_up(raw, key) for key in entry["facts"]}
     assert found == entry["facts"], entry["source"]
 
@@ -43,7 +42,7 @@ def test_every_published_row_has_facts():
 def test_table4_flora_is_what_the_authors_call_does():
     """`flora_opt.Flora(parameters, lr, weight_decay)`, as in the VeLoRA authors' pretrain_llama.py, step for step."""
     flora_opt = pytest.importorskip("flora_opt")
-    config = validate(composed("experiment=table4/flora"))
+    config = composed("experiment=table4/flora")
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
     theirs = copy.deepcopy(ours)

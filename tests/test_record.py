@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from text_helpers import composed
 
-from velora.config.identity import differing_keys
-from velora.config.run import _Run, parse
+from velora.config.run import differing_keys, validate
 from velora.errors import ConfigError
 from velora.run.checkpoints import write_manifest
 from velora.run.record import Run, git_state, versions
@@ -144,7 +144,7 @@ def test_versions_and_commit():
     [
         "experiment.paper.c4.perplexity", "experiment.note", "experiment.published", "experiment.inferred.lr",
         "experiment.unknown", "data.root", "wandb.mode", "trainer.device", "trainer.save_every", "trainer.log_every",
-        "trainer.save_model", "trainer.measure_memory", "resume", "overwrite", "runs_dir", "name",
+        "trainer.save_model", "trainer.measure_memory", "resume", "overwrite", "runs_dir", "name", "objective",
     ],
 )  # fmt: skip
 def test_keys_that_do_not_make_another_run(key):
@@ -167,9 +167,6 @@ def test_keys_that_make_another_run(key):
     assert differing_keys(a, {}) == {key}
 
 
-RUN = {"name": "a", "seed": 0, "runs_dir": "runs", "resume": "auto", "overwrite": False}
-
-
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
@@ -190,7 +187,7 @@ RUN = {"name": "a", "seed": 0, "runs_dir": "runs", "resume": "auto", "overwrite"
 )
 def test_names_and_seeds_that_cannot_be(key, value, sentence):
     with pytest.raises(ConfigError) as refused:
-        parse(_Run, {**RUN, key: value}, "")
+        validate({**composed().raw, key: value})
     assert sentence in str(refused.value)
 
 
@@ -198,4 +195,4 @@ def test_names_and_seeds_that_cannot_be(key, value, sentence):
     ("key", "value"), [("name", "ä" * 127 + "/" + "b" * 255), ("name", "seeds/seed_0"), ("seed", 2**32 - 1)]
 )
 def test_names_and_seeds_at_their_limits(key, value):
-    assert getattr(parse(_Run, {**RUN, key: value}, ""), key) == value
+    assert getattr(validate({**composed().raw, key: value}), key) == value

@@ -6,8 +6,8 @@
     Network(...)    weights, state or gradients after three training steps of the built network, or how it is built
     Arguments(...)  the arguments of transformers' Trainer
     Shapes(...)     the tensors of a batch, or the head
-    Read(...)       no more than what the source shows: the file that reads the key. For what needs a hub, a data folder or
-                    a whole run; other tests, named in it, show what it does
+    Read(...)       no more than what the source shows: the file that reads the key, by the end of its path. For what needs
+                    a hub, a data folder or a whole run; other tests, named in it, show what it does
     Label(...)      a text for people that goes into the record with the rest of the configuration
 """
 
@@ -28,7 +28,8 @@ from text_helpers import composed
 
 import velora
 from velora.config.parts import part_class, shipped_kinds
-from velora.config.run import _SECTIONS, GROUPS, Config, _Run, validate
+from velora.config.read import model_in
+from velora.config.run import GROUPS, Config, validate
 from velora.memory.batches import preprocessor_for_shapes
 from velora.models.build import build_network
 
@@ -91,27 +92,32 @@ TRAINER = {
     "log_every": Arguments(3),
     "num_workers": Arguments(2),
     "compile": Arguments(True),
-    "save_model": Read("run.py"),  # test_run
+    "save_model": Read("run/run.py"),  # test_run
     "device": Read("device.py"),  # test_memory_cli
     "measure_memory": Read("train.py"),  # test_run
 }
 
 SECTIONS = {
-    "name": Read("config.py"),  # the folder of the run: test_record
+    "name": Read("config/run.py"),  # the folder of the run: test_record
     "seed": Network(5),
-    "runs_dir": Read("config.py"),  # likewise
+    "runs_dir": Read("config/run.py"),  # likewise
     "resume": Read("record.py"),
     "overwrite": Read("record.py"),
+    "objective": Read("velora/cli.py"),  # test_cli
     "method.name": Label(),
     "experiment.name": Label(),
     "experiment.table": Label(),
     "experiment.row": Label(),
+    "experiment.published": Label(),
+    "experiment.inferred": Label(),
+    "experiment.unknown": Label(),
     "experiment.note": Label(),
+    "experiment.settings": Read("compose.py"),  # test_experiments
     "experiment.paper": Read("memory/explain.py"),  # test_paper, test_report
     "data.root": Read("data/glue.py"),  # test_task_glue, test_vtab, test_task_c4
     "wandb.mode": Arguments("disabled"),
-    "wandb.project": Read("run.py"),
-    "wandb.entity": Read("run.py"),
+    "wandb.project": Read("tracker.py"),
+    "wandb.entity": Read("tracker.py"),
     "wandb.tags": Read("tracker.py"),
 }
 
@@ -133,6 +139,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "adapter=lora": {
         "rank": Network(2, LORA),
         "alpha": Network(3.0, LORA),
+        "scaling": Network("alpha", LORA),
         "dropout": Network(0.5, LORA),
         "targets": Network(["down"], LORA),
         "init": Network("olora", LORA),
@@ -219,9 +226,9 @@ PARTS: dict[str, dict[str, Any]] = {
         "roles": Network({"value": ["mlp.fc1"], "down": ["mlp.fc2"]}, VELORA, vision=True),
         "timm_name": Network("deit_tiny_distilled_patch16_224", vision=True),
         "image_size": Network(64, vision=True),
+        "split_qkv": Network(True, vision=True),
         "drop_path": Network(0.9, vision=True),
         "normalization": Network("imagenet", vision=True),
-        "split_qkv": Network(True, vision=True),
         "overrides": Network({"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}, vision=True),
     },
     "task=manual": {"name": Label(), "max_length": Shapes(32), "published_eval_batch_size": Read("data/language_model.py")},
@@ -272,13 +279,15 @@ EFFECTS: dict[str, Any] = {
 
 
 def every_key() -> Iterator[str]:
-    yield from _Run.model_fields
-    for section, cls in _SECTIONS.items():
-        yield from (f"{section}.{key}" for key in cls.model_fields)
-    for group, base in GROUPS.items():
-        for kind in shipped_kinds(group):
-            keys = part_class(group, kind, base).model_fields
-            yield from (f"{group}={kind}.{key}" for key in keys if key != "kind")
+    for name, field in Config.model_fields.items():
+        if name in GROUPS:
+            for kind in shipped_kinds(name):
+                keys = part_class(name, kind, GROUPS[name]).model_fields
+                yield from (f"{name}={kind}.{key}" for key in keys if key != "kind")
+        elif section := model_in(field.annotation):
+            yield from (f"{name}.{key}" for key in section.model_fields)
+        else:
+            yield name
 
 
 def entries(form: type) -> list[Any]:
@@ -409,8 +418,9 @@ def _shapes(config: Config) -> Any:
 @pytest.mark.parametrize("key", entries(Read))
 def test_it_is_read(key: str) -> None:
     """`<section>.<field>` or `self.<field>` stands in an expression of the file (a declaration is none)."""
-    file, field = EFFECTS[key].file, key.rpartition(".")[2]
-    tree = ast.parse((SOURCE / file).read_text())
+    field = key.rpartition(".")[2]
+    (file,) = [file for file in SOURCE.rglob("*.py") if str(file).endswith(f"/{EFFECTS[key].file}")]
+    tree = ast.parse(file.read_text())
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     read |= {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert field in read
@@ -418,8 +428,6 @@ def test_it_is_read(key: str) -> None:
 
 def test_labels_stand_in_the_composed_configuration_which_the_record_holds() -> None:
     raw = _composed("experiment=table1/velora", "+experiment.note=why").raw
-    for key in (entry.values[0] for entry in entries(Label)):
-        section, _, field = (
-            key.partition("=")[0].partition(".") if "=" not in key else (key.partition("=")[0], "", "name")
-        )
-        assert raw[section][field]
+    for key in entries(Label):
+        section, _, field = key.partition(".")
+        assert raw[section.partition("=")[0]][field]

@@ -100,7 +100,7 @@ def test_the_order_follows_data_seed_and_not_the_seed_of_the_run(root: Path) -> 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_loading_processes_share_the_documents(root: Path, num_workers: int) -> None:
-    data = load(root, stand_in(root, examples_per_forward=3))
+    data = load(root, stand_in(root, micro_batch_size=3))
     loader = DataLoader(data.phases[0].train, batch_size=3, collate_fn=lambda s: s, num_workers=num_workers)
     iterator = iter(loader)
     found = [byte_tokenizer().decode(ids[:-1]) for _ in range(10) for ids in next(iterator)]
@@ -163,8 +163,7 @@ def test_another_folder_is_named_for_what_it_is(root: Path) -> None:
 
 def test_real_sample(shared_data: Path) -> None:
     tokenizer = from_folder(shared_data / "tokenizers" / "t5")
-    config = stand_in(shared_data)
-    config.model.architecture = {"vocab_size": 32000}
+    config = stand_in(shared_data, architecture={"vocab_size": 32000})
     data = c4(eval_tokens=5000, shuffle_buffer=1000, max_length=256).load(tokenizer, config)
     assert data.about["documents"] == {"train": 3300, "validation": 1000}
     batch = data.collate(list(itertools.islice(iter(data.phases[0].train), 8)))

@@ -298,8 +298,8 @@ def test_another_folder(tmp_path: Path) -> None:
 
 
 def test_longer_than_the_network(tmp_path: Path) -> None:
-    config = on_encoder(None)
-    config.model.architecture = {"model_type": "roberta", "max_position_embeddings": 514}
+    architecture = {"model_type": "roberta", "max_position_embeddings": 514}
+    config = stand_in(modality="sequence_classification", architecture=architecture)
     assert not list(glue("rte").problems(config))
     (found,) = glue("rte", max_length=513).problems(config)
     assert found == "task.max_length=513 is more than the 512 positions of model=some_model"

@@ -25,8 +25,8 @@ def test_no_more_topics_than_the_manual_has() -> None:
 
 
 def test_longer_than_the_network() -> None:
-    config = stand_in(modality="sequence_classification")
-    config.model.architecture = {"model_type": "bert", "max_position_embeddings": 32}
+    architecture = {"model_type": "bert", "max_position_embeddings": 32}
+    config = stand_in(modality="sequence_classification", architecture=architecture)
     (found,) = topics(max_length=33).problems(config)
     assert found == "task.max_length=33 is more than the 32 positions of model=some_model"
 

@@ -1,28 +1,23 @@
-"""Shared by the tests of text tasks: the composed configuration, and a small stand-in for one."""
+"""Shared by the tests of text tasks: the composed configuration, and a short one for a task alone."""
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import yaml
 
-from velora.config.run import Config, validate
+import velora
+from velora.config.run import Config, DataConfig
 
 
 def composed(*overrides: str) -> Config:
     """The validated configuration of `velora-train <overrides>`."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    folder = str(Path(__file__).parent.parent / "conf")
-    with initialize_config_dir(version_base="1.3", config_dir=folder):
-        raw = OmegaConf.to_container(compose("config", [*overrides, "name=test"]), resolve=True)
-    return validate(raw)  # type: ignore[arg-type]
+    return velora.compose("name=test", *overrides)
 
 
 def yaml_keys(file: str) -> dict[str, Any]:
@@ -30,16 +25,23 @@ def yaml_keys(file: str) -> dict[str, Any]:
     return yaml.safe_load((Path(__file__).parent.parent / "conf" / f"{file}.yaml").read_text())["task"]
 
 
-def stand_in(root: Path | None = None, seed: int = 0, modality: str = "causal_lm", **trainer: Any) -> Any:
-    """As much of a configuration as a task reads."""
-    settings = {
-        "batch_size": 4, "examples_per_forward": 4, "max_steps": 10, "eval_every": "end", "save_every": "end",
-    }  # fmt: skip
-    return SimpleNamespace(
-        seed=seed,
-        data=SimpleNamespace(root=root),
-        model=SimpleNamespace(name="some_model", architecture=None, modalities=lambda: (modality,)),
-        trainer=SimpleNamespace(**(settings | trainer)),
+_plain = functools.cache(composed)
+_MODELS = {"causal_lm": "llama_tiny", "sequence_classification": "roberta_tiny", "image_classification": "vit_tiny"}
+
+
+def stand_in(
+    root: Path | None = None, seed: int = 0, modality: str = "causal_lm", architecture: Any = (), **trainer: Any
+) -> Config:
+    """A run for a task that is tried alone: a short one, of a network whose limits are not known."""
+    config = _plain(f"model={_MODELS[modality]}", "task=embedded", "method=full")
+    settings = {"batch_size": 4, "max_steps": 10, "eval_every": "end", "save_every": "end"}
+    return config.model_copy(
+        update={
+            "seed": seed,
+            "data": DataConfig(root=root),
+            "model": config.model.model_copy(update={"name": "some_model", "architecture": dict(architecture)}),
+            "trainer": config.trainer.model_copy(update=settings | trainer),
+        }
     )
 
 

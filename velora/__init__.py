@@ -7,14 +7,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from velora.config.compose import compose
     from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
     from velora.nn.apply import apply_velora, calibrate, remove_velora, update_directions
     from velora.nn.linear import VeloraLinear
     from velora.nn.scale_shift import VeloraScaleShift
+    from velora.run.run import train
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "compose": "velora.config.compose",
+    "train": "velora.run.run",
     "apply_velora": "velora.nn.apply",
     "calibrate": "velora.nn.apply",
     "remove_velora": "velora.nn.apply",
@@ -32,10 +36,12 @@ __all__ = [
     "__version__",
     "apply_velora",
     "calibrate",
+    "compose",
     "load_adapter",
     "merge_adapter",
     "remove_velora",
     "save_adapter",
+    "train",
     "update_directions",
 ]
 

@@ -11,7 +11,8 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -58,23 +59,31 @@ _SYNONYMS = {
 _OUR_NAMES = {name: key for key, names in _SYNONYMS.items() for name in names}
 
 
-def parse(cls: type[T], value: Any, prefix: str, explain: Callable[[str], str | None] = lambda key: None) -> T:
-    """Read one section; ConfigError has a sentence for everything that is wrong in it.
+def parse(cls: type[T], value: Any, prefix: str, unknown: Callable[[str], str] | None = None) -> T:
+    """Read one section, or with an empty `prefix` all; ConfigError has a sentence for everything that is wrong in it.
 
-    `explain` may have a better sentence on an unknown key than that it is unknown.
+    `unknown` makes the sentence on an unknown key.
     """
-    if value is None:
-        raise ConfigError(f"{prefix} is missing")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{prefix}={shown(value)} is not valid: {prefix} holds keys; give {prefix}.<key>=...")
-    if problems := list(_unusable(value, prefix)):
-        raise ConfigError("; ".join(problems))
+    if unknown is None:
+        unknown = partial(unknown_key, known=sorted(_join(prefix, name) for name in cls.model_fields))
+    unusable = dict(_unusable(value, prefix))
+    found, sentences = None, {}
     try:
-        return cls.model_validate_json(json.dumps(value, default=str), strict=True)
+        found = cls.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        known = sorted(_join(prefix, name) for name in cls.model_fields)
-        sentences = _sentences(error, value, prefix, lambda key: explain(key) or unknown_key(key, known))
-        raise ConfigError("; ".join(dict.fromkeys(sentences))) from None
+        sentences = dict(_sentences(error, value, prefix, unknown))
+    if problems := {**sentences, **unusable}:
+        raise ConfigError(listing(list(dict.fromkeys(problems.values()))))
+    assert found is not None
+    return found
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, also where it may be None; None where it holds none."""
+    models = [
+        form for form in (annotation, *get_args(annotation)) if isinstance(form, type) and issubclass(form, BaseModel)
+    ]
+    return models[0] if models else None
 
 
 def shown(value: Any) -> str:
@@ -124,22 +133,28 @@ def listing(problems: list[str]) -> str:
     return f"{len(problems)} problems: " + "; ".join(f"({i}) {p}" for i, p in enumerate(problems, 1))
 
 
-def _sentences(error: ValidationError, value: Any, prefix: str, unknown: Callable[[str], str]) -> Iterator[str]:
+def _sentences(
+    error: ValidationError, value: Any, prefix: str, unknown: Callable[[str], str]
+) -> Iterator[tuple[str, str]]:
+    """Key and sentence."""
     found: dict[tuple[Any, ...], list[Any]] = {}
     for item in error.errors(include_url=False):
-        found.setdefault(_path(value, item), []).append(item)
+        if item["type"] != "json_invalid":  # text that is no Unicode: it is among the unusable values
+            found.setdefault(_path(value, item), []).append(item)
     for path, items in found.items():
         if any(len(other) > len(path) and other[: len(path)] == path for other in found):
             continue  # one form of several that the value may have; another says what is wrong inside it
         key, first = _join(prefix, *path), items[0]
         if first["type"] == "extra_forbidden":
-            yield unknown(key)
-        elif first["type"] == "missing":
-            yield f"{key} is missing"
+            yield key, unknown(key)
+        elif first["type"] == "missing" or (first["type"] == "model_type" and first["input"] is None):
+            yield key, f"{key} is missing"
+        elif first["type"] == "model_type":
+            yield key, f"{key}={shown(first['input'])} is not valid: {key} holds keys; give {key}.<key>=..."
         elif first["type"] == "value_error":
-            yield str(first["ctx"]["error"])
+            yield key, str(first["ctx"]["error"])
         else:
-            yield f"{key}={shown(first['input'])} is not valid: {_wanted(items)}{_hint(key, first)}"
+            yield key, f"{key}={shown(first['input'])} is not valid: {_wanted(items)}{_hint(key, first)}"
 
 
 def _path(value: Any, item: Any) -> tuple[Any, ...]:
@@ -163,8 +178,6 @@ _OTHER_WORDS = {
     "float_type": "a number",
     "bool_type": "true or false",
     "dict_type": "keys with values, like {a: 1}",
-    "model_type": "keys with values, like {a: 1}",
-    "model_attributes_type": "keys with values, like {a: 1}",
 }
 
 
@@ -196,14 +209,16 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _unusable(value: Any, key: str) -> Iterator[str]:
+def _unusable(value: Any, key: str) -> Iterator[tuple[str, str]]:
     """Values that no key takes, wherever they stand; `key=` with nothing behind it is most often a variable that is not set."""
     if isinstance(value, float) and not math.isfinite(value):
-        yield f"{key}={value} is not valid: it must be a finite number"
+        yield key, f"{key}={value} is not valid: it must be a finite number"
     elif isinstance(value, int) and abs(value) >= 2**63:
-        yield f"{key}={value} is not valid: an integer must lie within 64 bits"
+        yield key, f"{key}={value} is not valid: an integer must lie within 64 bits"
     elif value == "":
-        yield f"{key}= is empty; give a value, or leave it out"
+        yield key, f"{key}= is empty; give a value, or leave it out"
+    elif isinstance(value, str) and not _is_unicode(value):
+        yield key, f"{key}={value!a} is not valid: it holds bytes that are no UTF-8 text"
     inner: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         inner = value.items()
@@ -211,6 +226,14 @@ def _unusable(value: Any, key: str) -> Iterator[str]:
         inner = enumerate(value)
     for name, item in inner:
         yield from _unusable(item, _join(key, name))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _join(*parts: Any) -> str:

@@ -1,22 +1,24 @@
-"""The composed configuration: its fixed keys, and the check that everything in it is known, well-typed and makes sense.
+"""The composed configuration of one run: its keys, which of them are its identity, and the check of all of it.
 
-Hydra composes YAML; it refuses unknown keys on the command line but not inside files. Here every key is checked against
-the class of its group (`velora/config/parts.py`), all problems are collected, and one ConfigError names them all. No torch here.
+Hydra composes YAML; it refuses unknown keys on the command line but not inside files. Here everything is read strictly into
+one pydantic model, and one ConfigError names all that is wrong. The classes of the six groups are in
+`velora/config/<group>.py`, found by their kind (`velora/config/parts.py`). No torch here.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -24,7 +26,11 @@ from pydantic import (
     PlainValidator,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -41,17 +47,35 @@ from velora.config.parts import (
     shipped_kinds,
 )
 from velora.config.processes import num_processes
-from velora.config.read import listing, parse, shown, unknown_key
+from velora.config.read import listing, model_in, parse, shown, unknown_key
 from velora.errors import ConfigError
 
-GROUPS: dict[str, type[Part]] = {
-    "weights": Weights,
-    "adapter": Adapter,
-    "optimizer": Optimizer,
-    "activations": Activations,
-    "model": Model,
-    "task": Task,
-}
+T = TypeVar("T")
+
+_INCIDENTAL = "incidental"
+Incidental = Annotated[T, _INCIDENTAL]
+"""A key that does not change what a run computes. All others are its identity: two configurations that differ only in incidental
+keys are the same run, and such a key does not enter the name of a run."""
+
+
+def _of_its_kind(value: Any, info: ValidationInfo) -> Part:
+    """The value of a group as the class that its key `kind` names."""
+    group = str(info.field_name)
+    if not isinstance(value, dict) or "kind" not in value:
+        raise ConfigError(
+            f"{group}={shown(value)} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)"
+        )
+    kind = str(value["kind"])
+    cls = part_class(group, kind, GROUPS[group])
+    with blaming(group, kind):
+        try:
+            return cls.model_validate_json(json.dumps(value), strict=True)
+        except ValidationError as error:
+            refused = error
+    raise refused  # pydantic adds its errors to those of the other sections
+
+
+OfItsKind = Annotated[T, BeforeValidator(_of_its_kind)]
 
 
 def _interval(value: Any) -> int | float | str:
@@ -79,7 +103,7 @@ class MethodConfig(Section):
 
 
 class DataConfig(Section):
-    root: Path | None = None
+    root: Incidental[Path | None] = None  # where the data lie, not what they are: their hashes are in the record
 
     @field_validator("root")
     @classmethod
@@ -110,12 +134,12 @@ class ExperimentConfig(Section):
     name: str
     table: str | None = None
     row: str | None = None
-    published: str | None = None
-    inferred: str | None = None
-    unknown: str | None = None
-    note: str | None = None
-    settings: dict[str, dict[str, Any]] = {}
-    paper: dict[str, dict[str, float]] = {}
+    published: Incidental[str | None] = None
+    inferred: Incidental[str | None] = None
+    unknown: Incidental[str | None] = None
+    note: Incidental[str | None] = None
+    settings: Incidental[dict[str, dict[str, Any]]] = {}  # those of this run stand in the keys that refer to them
+    paper: Incidental[dict[str, dict[str, float]]] = {}  # is compared with, not computed with
 
 
 class TrainerConfig(Section):
@@ -144,13 +168,13 @@ class TrainerConfig(Section):
     max_grad_norm: NonNegativeFloat | None
     precision: Literal["fp32", "bf16", "fp16"]
     eval_every: Interval
-    save_every: Interval
-    log_every: PositiveInt
-    num_workers: NonNegativeInt
+    save_every: Incidental[Interval]
+    log_every: Incidental[PositiveInt]
+    num_workers: NonNegativeInt  # the documents of a stream are dealt to these processes, so it changes the order
     compile: bool
-    save_model: bool
-    device: Literal["auto", "cpu", "cuda"]
-    measure_memory: bool
+    save_model: Incidental[bool]
+    device: Incidental[Literal["auto", "cpu", "cuda"]]
+    measure_memory: Incidental[bool]
 
     @property
     def examples_per_forward(self) -> int:
@@ -193,36 +217,39 @@ class TrainerConfig(Section):
             )
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """One run, validated. `raw` is the plain composed dictionary, as it goes into the record."""
 
-    name: str
-    seed: int
-    runs_dir: Path
-    resume: Literal["auto", "never", "required"]
-    overwrite: bool
+    name: Incidental[str] = Field(pattern=r"^[\w+=,@-][^\s\\]*$")
+    seed: int = Field(ge=0, le=2**32 - 1)  # what NumPy's generator takes
+    runs_dir: Incidental[Path]
+    resume: Incidental[Literal["auto", "never", "required"]]
+    overwrite: Incidental[bool]
+    objective: Incidental[str | None]
+
     method: MethodConfig
-    experiment: ExperimentConfig | None
+    experiment: ExperimentConfig | None = None
     data: DataConfig
-    wandb: WandbConfig
+    wandb: Incidental[WandbConfig]
     trainer: TrainerConfig
-    weights: Weights
-    adapter: Adapter
-    optimizer: Optimizer
-    activations: Activations
-    model: Model
-    task: Task
-    raw: dict[str, Any]
+
+    weights: OfItsKind[Weights]
+    adapter: OfItsKind[Adapter]
+    optimizer: OfItsKind[Optimizer]
+    activations: OfItsKind[Activations]
+    model: OfItsKind[Model]
+    task: OfItsKind[Task]
+
+    _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        return self._raw
 
     @property
     def folder(self) -> Path:
         """Where this run lives. Name and seed are its identity; there is no timestamp in it."""
         return self.runs_dir / self.name / f"seed{self.seed}"
-
-
-class _Run(Section):
-    name: str = Field(pattern=r"^[\w+=,@-][^\s\\]*$")
 
     @field_validator("name")
     @classmethod
@@ -241,81 +268,85 @@ class _Run(Section):
                 raise ValueError(f"name={name}: {part} would lie inside the folder of another run; give another name")
         return name
 
-    seed: int = Field(strict=True, ge=0, le=2**32 - 1)  # what NumPy's generator takes
-    runs_dir: Path
-    resume: Literal["auto", "never", "required"]
-    overwrite: bool
+    @field_validator("objective")
+    @classmethod
+    def _is_a_score(cls, objective: str | None) -> str | None:
+        if objective is not None and not objective.startswith("metrics."):
+            raise ValueError(
+                f"objective={objective} is not a score; give its name in result.json, like metrics.accuracy or "
+                "metrics.best.perplexity"
+            )
+        return objective
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        problems = list(self.trainer.problems())
+        for group in GROUPS:
+            part: Part = getattr(self, group)
+            with blaming(group, part.kind):
+                try:
+                    problems += part.problems(self)
+                except ConfigError as error:
+                    problems.append(str(error))
+        if problems:
+            raise ConfigError(listing(problems))
+        return self
 
 
-_SECTIONS: dict[str, type[Section]] = {
-    "method": MethodConfig,
-    "experiment": ExperimentConfig,
-    "data": DataConfig,
-    "wandb": WandbConfig,
-    "trainer": TrainerConfig,
+GROUPS: dict[str, type[Part]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Part)
 }
 
 
 def validate(raw: dict[str, Any]) -> Config:
     """Turn the composed dictionary into a Config; ConfigError lists everything that is wrong with it, one sentence each."""
-    problems: list[str] = []
-
-    def read(fill: Callable[[], Any]) -> Any:
-        try:
-            return fill()
-        except ConfigError as error:
-            problems.append(str(error))
-            return None
-
-    known = {*_SECTIONS, *GROUPS, *_Run.model_fields}
-    problems += [unknown_key(key, sorted(known)) for key in raw if key not in known]
-    found: dict[str, Any] = {}
-    for key, section in _SECTIONS.items():
-        absent = key == "experiment" and raw.get(key) is None
-        found[key] = None if absent else read(partial(parse, section, raw.get(key), key))
-    for group, base in GROUPS.items():
-        found[group] = read(partial(_parse_part, group, raw.get(group), base))
-    run = read(partial(parse, _Run, {k: v for k, v in raw.items() if k in _Run.model_fields}, ""))
-    if problems:
-        raise ConfigError(listing(problems))
-    assert run is not None
-    config = Config(**dict(run), **found, raw=raw)
-    problems += _cross_checks(config)
-    if problems:
-        raise ConfigError(listing(problems))
+    config = parse(Config, raw, "", partial(_unknown, raw))
+    config._raw = raw
     return config
 
 
-def _cross_checks(config: Config) -> Iterator[str]:
-    yield from config.trainer.problems()
-    for group in GROUPS:
-        part = getattr(config, group)
-        with blaming(group, part.kind):
-            try:
-                found = list(part.problems(config))
-            except ConfigError as error:
-                found = [str(error)]
-        yield from found
+def is_identity(key: str) -> bool:
+    """Whether another value of the key (its full name) makes another run."""
+    model: type[BaseModel] | None = Config
+    for name in key.split("."):
+        field = model.model_fields.get(name) if model else None
+        if field is None:
+            return True
+        if _INCIDENTAL in field.metadata:
+            return False
+        model = model_in(field.annotation)
+    return True
 
 
-def _parse_part(group: str, value: Any, base: type[Part]) -> Part:
-    if not isinstance(value, dict) or "kind" not in value:
-        raise ConfigError(
-            f"{group}={shown(value)} has no key `kind`; choose one of the values in conf/{group}/ ({group}=...)"
-        )
-    kind = str(value["kind"])
-    cls = part_class(group, kind, base)
-    with blaming(group, kind):
-        return parse(cls, value, group, partial(_key_of_another_kind, group, kind))
+def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """Full names of the keys in which two composed configurations are different runs; a key that one lacks is null there."""
+    a, b = flatten(old), flatten(new)
+    return {key for key in {*a, *b} if a.get(key) != b.get(key) and is_identity(key)}
 
 
-def _key_of_another_kind(group: str, kind: str, key: str) -> str | None:
-    """A sentence for a key that another value of the group has: most often set by a method that was moved along this axis."""
-    field = key.partition(".")[2]
-    others = [k for k in shipped_kinds(group) if field in part_class(group, k, GROUPS[group]).model_fields]
-    if not others:
-        return None
-    return (
-        f"{key} is a key of {group}={' and '.join(others)}, not of {group}={kind}: the method, the experiment or the "
-        "command line sets it"
-    )
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Full name -> value for all that lies in nested dictionaries."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flatten(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def _unknown(raw: dict[str, Any], key: str) -> str:
+    """The sentence on an unknown key, which most often a method has set that was moved along one of its axes."""
+    section, _, field = key.partition(".")
+    if not field:
+        return unknown_key(key, sorted(Config.model_fields))
+    cls = model_in(Config.model_fields[section].annotation)
+    if section in GROUPS:
+        kind = raw[section]["kind"]
+        cls = part_class(section, kind, GROUPS[section])
+        others = [k for k in shipped_kinds(section) if field in part_class(section, k, GROUPS[section]).model_fields]
+        if others:
+            return (
+                f"{key} is a key of {section}={' and '.join(others)}, not of {section}={kind}: the method, the experiment "
+                "or the command line sets it"
+            )
+    assert cls is not None
+    return unknown_key(key, sorted(f"{section}.{name}" for name in cls.model_fields))

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from velora.cli import conf_dir
-from velora.config.run import Config, validate
+from velora.config.compose import compose
+from velora.config.run import Config
 from velora.memory.estimate import estimate, pretend
 from velora.memory.ledger import CODES, MASK, REGION, Entry, take_ledger
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
 
 def block_bytes(overrides: Sequence[str]) -> dict[str, int]:
     """Bytes of one block of a LLaMA configuration by part."""
-    two, one = (_parts(_configured([*overrides, f"model.architecture.num_hidden_layers={n}"])) for n in (2, 1))
+    two, one = (_parts(compose(*overrides, f"model.architecture.num_hidden_layers={n}")) for n in (2, 1))
     return {part: two[part] - one.get(part, 0) for part in two if two[part] != one.get(part, 0)}
 
 
@@ -73,16 +73,6 @@ def _parts(config: Config) -> dict[str, int]:
     for entry in ledger.entries:
         found[part(entry)] += entry.num_bytes
     return found
-
-
-def _configured(overrides: Sequence[str]) -> Config:
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
-
-    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        raw = OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
-    assert isinstance(raw, dict)
-    return validate({**{str(key): value for key, value in raw.items()}, "name": "block"})
 
 
 if __name__ == "__main__":

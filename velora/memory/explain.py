@@ -156,7 +156,7 @@ def _ledger(pretended: Pretended, config: Config) -> Ledger:
 
 def _what_would_be_freed(config: Config, configured: nn.Module, questions: Questions) -> list[Freed]:
     """Each role alone, each input's readers together, and the configuration's own choice, out of the plain network's ledger."""
-    plain = replace(config, activations=Activations(kind="exact"))
+    plain = config.model_copy(update={"activations": Activations(kind="exact")})
     pretended = pretend(plain, device=questions.device, padded=questions.padded)
     network, roles = pretended.network, config.model.roles
     ledger = _ledger(pretended, plain)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def fake_network(config: Config, fake: FakeTensorMode) -> nn.Module:
     Raises ConfigError where a run would, before anything is downloaded.
     """
     fill_caches()
-    config = replace(config, model=config.model.model_copy(update={"pretrained": False}))
+    config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         network, _ = build_network(config, config.task.head(config), preprocessor_for_shapes(config))
     _Faker(fake).replace_in(network)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -148,7 +147,7 @@ def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> Memo
     """
     device = training_device(config)
     network, _ = build_network(
-        replace(config, model=config.model.model_copy(update={"pretrained": False})),
+        config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})}),
         config.task.head(config), preprocessor_for_shapes(config),
     )  # fmt: skip
     network.to(device).train()

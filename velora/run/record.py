@@ -28,12 +28,21 @@ from typing import IO, Any
 
 import yaml
 
-from velora.config.identity import differing_keys, read_config
-from velora.config.run import Config
+from velora.config.run import Config, differing_keys
 from velora.errors import ConfigError, RunError
 from velora.run import checkpoints
 from velora.run.files import why, write_whole
-from velora.run.schema import Memory, MetricsLine, Parameters, Result, Speed, check, read_metrics, read_result
+from velora.run.schema import (
+    Memory,
+    MetricsLine,
+    Parameters,
+    Result,
+    Speed,
+    check,
+    read_config,
+    read_metrics,
+    read_result,
+)
 from velora.run.tracker import Tracker
 
 _PACKAGES = ("velora", "torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "timm", "hydra-core")

@@ -13,6 +13,7 @@ from velora.config.parts import Phase, TaskData
 from velora.config.run import Config
 from velora.errors import ConfigError, Diverged, Interrupted, RunError, original_text
 from velora.run.record import Run
+from velora.run.schema import parse_json
 from velora.run.signals import terminate_as_interrupt
 
 
@@ -26,6 +27,23 @@ class Measured:
     parameters: dict[str, int] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     device: str | None = None
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, evaluate and record one run, or continue it; returns its record, as it stands in result.json.
+
+        record = velora.train(velora.compose("method=velora", "trainer.max_steps=20"))
+        record["metrics"]
+
+    A run that has finished is not run again: its record is read (`overwrite=true` runs it again). Raises ConfigError where the
+    configuration, the data or the folder is wrong, RunError where the run ends badly (its record says how), or is stopped.
+    """
+    run = Run(config)  # refuses a folder that cannot be written or holds another run, before the heavy imports
+    if run.is_finished():
+        print(f"{run.folder} holds this run already, finished; overwrite=true runs it again")
+        record: dict[str, Any] = parse_json((run.folder / "result.json").read_bytes())
+        return record
+    return execute(config, run)
 
 
 def execute(config: Config, run: Run) -> dict[str, Any]:

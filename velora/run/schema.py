@@ -10,12 +10,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from velora.run.files import why
 
 M = TypeVar("M", bound=BaseModel)
+
+_OUR_KEYS = {"name", "seed", "model", "task", "trainer"}  # a config.yaml with these is one of ours
 
 
 def _number(value: Any) -> int | float:
@@ -166,6 +169,24 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     return lines, problems
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """config.yaml of an earlier run; ValueError with the reason where it is none."""
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(why(error)) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ValueError("it is not YAML" + (f", line {mark.line + 1}" if mark else "")) from None
+    except (ValueError, RecursionError):  # not UTF-8, a date that does not exist, nested too deep
+        raise ValueError("it cannot be read") from None
+    if not isinstance(raw, dict):
+        raise ValueError("it is not a mapping of keys")
+    if missing := sorted(_OUR_KEYS - raw.keys()):
+        raise ValueError(f"it has no {', '.join(missing)}")
+    return raw
 
 
 def parse_json(text: bytes) -> Any:
