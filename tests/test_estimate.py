@@ -17,8 +17,7 @@ from torch import nn
 
 from velora.cli import conf_dir
 from velora.config.run import Config, validate
-from velora.memory.as_cuda import AsOnCuda
-from velora.memory.estimate import estimate, largest_batch, pretend, target_device
+from velora.memory.estimate import AsOnCuda, estimate, largest_batch, pretend, target_device
 from velora.memory.ledger import take_ledger
 from velora.memory.meter import Meter, measure
 from velora.memory.timeline import TERMS

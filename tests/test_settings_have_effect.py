@@ -29,7 +29,7 @@ from text_helpers import composed
 import velora
 from velora.config.parts import part_class, shipped_kinds
 from velora.config.run import _SECTIONS, GROUPS, Config, _Run, validate
-from velora.memory.batches import preprocessor_for_shapes
+from velora.memory.meter import preprocessor_for_shapes
 from velora.models.build import build_network
 
 SOURCE = Path(velora.__file__).parent
