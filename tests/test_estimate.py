@@ -1,6 +1,6 @@
 """The estimate (fake tensors) against the meter (real steps of the same configuration), and both against real training.
 
-The issue asks for 2 %. Fake tensors have the same storages as real ones and both run the same operators, so the peaks are
+Fake tensors have the same storages as real ones and both run the same operators, so the peaks are
 asserted to be equal to the byte; the meter itself is checked against the allocator in test_meter.py.
 """
 

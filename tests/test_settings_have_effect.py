@@ -249,7 +249,7 @@ PARTS: dict[str, dict[str, Any]] = {
         **{key: Read("task/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
     },
 }  # fmt: skip
-PARTS["model=encoder"] = {**PARTS["model=llama"], "roles": Read("activations/velora.py")}
+PARTS["model=encoder"] = {**PARTS["model=llama"], "roles": Read("models/build.py")}
 PARTS["model=encoder"] |= {key: Read("model/_pretrained.py") for key in ("architecture", "attention")}
 PARTS["model=minilm"] = {
     **PARTS["model=encoder"],
