@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from velora.memory.ledger import Ledger, measure_saved_bytes, take_ledger
+from velora.memory.storages import unique_bytes
 from velora.nn.apply import apply_velora
 
 
@@ -107,6 +108,15 @@ def test_backward_works_afterwards_and_nothing_is_shifted(how: str) -> None:
     assert torch.equal(kept[0], kept[1])
     assert torch.equal(torch.rand(3), noise)
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), expected, strict=True))
+
+
+def test_sparse_gradients_are_counted() -> None:
+    embedding = nn.Embedding(10, 4, sparse=True)
+    embedding(torch.tensor([3, 3, 5])).sum().backward()
+    gradient = embedding.weight.grad
+    assert gradient is not None
+    assert not gradient.is_coalesced()
+    assert unique_bytes([gradient]) == 3 * 8 + gradient._values().untyped_storage().nbytes()
 
 
 def test_reused_addresses_are_no_living_storages() -> None:

@@ -172,7 +172,7 @@ def test_estimate_counts_what_trains_whole_once():
     from text_helpers import composed
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from velora.memory.fake import fake_network
+    from velora.memory.estimate import fake_network
 
     network = fake_network(composed("experiment=table4/lora"), FakeTensorMode())
     words, hidden, mlp, layers, rank = 32_000, 512, 1376, 8, 128

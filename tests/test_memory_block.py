@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from velora.memory.block import GRADIENTS, PARTS, STATE, WEIGHTS, block_bytes
-from velora.memory.summary import main as summarise
+from make_memory_block import GRADIENTS, PARTS, STATE, WEIGHTS, block_bytes
+from make_memory_summary import main as summarise
 
 SIZES = ["hidden_size=64", "intermediate_size=128", "num_attention_heads=4", "num_key_value_heads=4"]
 SETTING = ["task=manual", "model=llama_tiny", "task.max_length=128", "trainer.batch_size=4"]

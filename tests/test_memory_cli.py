@@ -103,7 +103,7 @@ def test_what_cannot_run_here_is_estimated_all_the_same(tmp_path: Path, monkeypa
     assert ended.value.code == 0
     said = capfd.readouterr().out
     assert "on cuda" in said
-    assert "largest batch within 1024000.00 GiB: at least 1048576" in said  # where the search ends
+    assert "largest batch within 1000 TiB: at least 1048576" in said  # where the search ends
 
 
 def test_help_is_quick_and_names_the_options(cli) -> None:

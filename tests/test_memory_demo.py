@@ -11,10 +11,10 @@ import torch
 from memory_helpers import allocator_bytes
 from test_estimate import configured
 
-from velora.memory.batches import synthetic_batch, training_loss
 from velora.memory.estimate import pretend
 from velora.memory.freed import layers_that_free_nothing
 from velora.memory.ledger import Ledger, take_ledger
+from velora.memory.meter import synthetic_batch, training_loss
 from velora.models.build import build_network
 
 DEMO = ["task=manual", "model=llama_tiny", "trainer.batch_size=4"]

@@ -30,7 +30,7 @@ import velora
 from velora.config.parts import part_class, shipped_kinds
 from velora.config.read import model_in
 from velora.config.run import GROUPS, Config, validate
-from velora.memory.batches import preprocessor_for_shapes
+from velora.memory.meter import preprocessor_for_shapes
 from velora.models.build import build_network
 
 SOURCE = Path(velora.__file__).parent
@@ -264,7 +264,7 @@ PARTS: dict[str, dict[str, Any]] = {
         **{key: Read("data/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
     },
 }  # fmt: skip
-PARTS["model=encoder"] = {**PARTS["model=causal_lm"], "roles": Read("config/activations.py")}
+PARTS["model=encoder"] = {**PARTS["model=causal_lm"], "roles": Read("models/build.py")}
 PARTS["model=encoder"] |= {key: Read("models/pretrained.py") for key in ("architecture", "attention")}
 PARTS["model=minilm"] = {
     **PARTS["model=encoder"],

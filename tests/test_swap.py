@@ -7,7 +7,16 @@ import tiny
 import torch
 from torch import nn
 
-from velora.config.roles import ARCHITECTURES, ROLES, find_architecture, matches, resolve_roles, role_of, roles_by_name
+from velora.config.roles import (
+    ARCHITECTURES,
+    ROLES,
+    find_architecture,
+    matches,
+    resolve_roles,
+    role_of,
+    roles_by_module,
+    roles_of,
+)
 from velora.errors import ConfigError
 from velora.nn.scale_shift import ScaleShift
 from velora.nn.swap import expand_container, find_modules, module_names, replace_modules
@@ -139,7 +148,8 @@ def test_the_table_knows_the_architectures_of_transformers_and_timm():
         with torch.device("meta"):
             names = [name for name, module in cls(config).named_modules() if isinstance(module, nn.Linear)]
         assert find_architecture(names) == expected, cls.__name__
-        found = roles_by_name(names)
+        roles = resolve_roles(names)
+        found = {name: role for name in names if (role := role_of(name, roles))}
         assert set("+".join(found.values()).split("+")) == set(ARCHITECTURES[expected]), cls.__name__
         # every linear layer of the one block has a role, and no two the same
         block = [name for name in names if "pooler" not in name and "embeddings" not in name]
@@ -162,3 +172,16 @@ def test_given_roles_win_and_must_be_lists():
     with pytest.raises(ConfigError, match="must be a list of patterns"):
         resolve_roles(names, {"value": "x"})
     assert all(set(roles) <= set(ROLES) for roles in ARCHITECTURES.values())
+
+
+def test_roles_are_read_through_wrappers():
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.tiny_llama()
+    model.velora_roles = {"value": ["v_proj"]}
+    wrapped = nn.DataParallel(get_peft_model(model, LoraConfig(target_modules=["v_proj"])))
+    assert roles_of(wrapped) == model.velora_roles
+    assert roles_of(wrapped, {"key": ["k_proj"]}) == {"key": ["k_proj"]}
+    found = roles_by_module(wrapped)
+    assert set(found.values()) == {"value"}
+    assert sum(path.endswith("lora_A.default") for path in found) == 2  # the layers inside play their container's role

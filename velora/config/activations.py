@@ -64,7 +64,6 @@ class Velora(Activations):
             sub_token_size=self.sub_token_size,
             init=self.init,
             scale=self.scale,
-            roles=config.model.roles,
             seed=config.seed,
         )
         return str(summary)
@@ -74,10 +73,19 @@ class Velora(Activations):
 
         calibrate(model, batch)
 
+    def pretend_calibrated(self, model: nn.Module) -> None:
+        import torch
+
+        from velora.nn.apply import velora_layers
+
+        for layer in velora_layers(model).values():
+            vector = torch.ones_like(layer.direction)
+            layer.set_direction(vector / torch.linalg.vector_norm(vector), vector)
+
     def warnings(self, model: nn.Module, ledger: Ledger, config: Config) -> list[str]:
         from velora.memory.freed import layers_that_free_nothing
 
-        return layers_that_free_nothing(model, ledger, config.model.roles)
+        return layers_that_free_nothing(model, ledger)
 
     def forget(self, model: nn.Module) -> None:
         from velora.nn.apply import velora_layers

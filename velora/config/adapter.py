@@ -41,11 +41,9 @@ class InsertedAdapter(Adapter):
 
 def target_patterns(targets: list[str], model: nn.Module, config: Config) -> list[str]:
     """Glob patterns for the roles and patterns in `targets`; ConfigError for a role that the network does not have."""
-    from velora.config.roles import ROLES, resolve_roles
-    from velora.nn.swap import module_names
+    from velora.config.roles import ROLES, roles_of
 
-    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
-    roles = resolve_roles(module_names(model), config.model.roles, declared)
+    roles = roles_of(model)
     unknown = [target for target in targets if target in ROLES and target not in roles]
     if unknown:
         raise ConfigError(

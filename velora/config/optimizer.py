@@ -57,9 +57,7 @@ class LowRankOptimizer(Optimizer):
         """Parameter groups: those with a rank, which also get `options`, and the others."""
         from velora.optim.low_rank import low_rank_groups
 
-        return low_rank_groups(
-            model, self.layers, self.rank, config.trainer.weight_decay, roles=config.model.roles, **options
-        )
+        return low_rank_groups(model, self.layers, self.rank, config.trainer.weight_decay, **options)
 
 
 class AdamW(Optimizer):

@@ -146,6 +146,9 @@ class Activations(Part):
     def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
         """Called once, with the first training batch, before the first step of a fresh (not resumed) run."""
 
+    def pretend_calibrated(self, model: nn.Module) -> None:
+        """Called in place of `calibrate` where a batch has no values (velora-memory): any state that trains will do."""
+
     def warnings(self, model: nn.Module, ledger: Ledger, config: Config) -> list[str]:
         """Sentences for the user before the first step; `ledger` is that of the first batch."""
         return []

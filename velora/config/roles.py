@@ -2,8 +2,10 @@
 
 A method says `[value, down]`; a network says how its value and down projections are called. The names stand
 in this table, in an attribute `velora_roles` of the model, or in the config key `model.roles`; whoever comes later in
-this list wins. A pattern is a shell glob over the dotted module name. It matches the whole name or the end of it from
-a dot on, so that it also finds layers of a wrapped model (PEFT, DDP). A `*` crosses dots.
+this list wins. A network that was built from a configuration carries the outcome as its `velora_roles`; `roles_of` reads it.
+
+A pattern is a shell glob over the dotted module name. It matches the whole name or the end of it from a dot on, so that it
+also finds layers of a wrapped model (PEFT, DDP). A `*` crosses dots.
 
 No torch here: a configuration is checked with this file before the heavy imports.
 """
@@ -12,8 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 """Attention's query, key, value and output projections; the MLP's gate, up (first) and down (second) layer."""
@@ -103,8 +109,21 @@ def role_of(name: str, roles: Roles) -> str | None:
     return "+".join(found) or None
 
 
-def roles_by_name(names: Iterable[str], roles: Roles | None = None) -> dict[str, str]:
-    """Module name -> role, for each module that plays one."""
-    names = list(names)
-    resolved = resolve_roles(names, roles)
-    return {name: role for name in names if (role := role_of(name, resolved))}
+def roles_of(model: nn.Module, given: Roles | None = None) -> Roles:
+    """The roles of a network: those that are `given`, else those that it declares in `velora_roles`, else the table's.
+
+    A wrapper (PEFT, DDP, torch.compile) hides the attribute of the network inside it, hence the look into all modules.
+    """
+    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
+    return resolve_roles((name for name, _ in model.named_modules(remove_duplicate=False)), given, declared)
+
+
+def roles_by_module(model: nn.Module) -> dict[str, str]:
+    """Module path -> role, for each module that plays one or lies inside one that does (an adapter's layers)."""
+    roles = roles_of(model)
+    found: dict[str, str] = {}
+    for path, _ in model.named_modules():  # a module comes before those inside it
+        role = role_of(path, roles) or found.get(path.rpartition(".")[0])
+        if role is not None:
+            found[path] = role
+    return found

@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Any
 from velora.cli import Parser, launch, report
 from velora.config.run import Config
 from velora.errors import ConfigError
+from velora.report.text import human_bytes
 
 if TYPE_CHECKING:
     from velora.memory.explain import Explanation, Questions
 
 GROUPINGS = ("holders", "role", "kind", "term", "module")
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}ib": 2 ** (10 * power) for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}b": 10 ** (3 * power) for power, letter in enumerate("kmgt", 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     options, overrides = _parser().parse_known_args(argv)
     try:
-        fit_bytes = _fit_bytes(options.fit)
+        fit_bytes = None if options.fit is None else parse_bytes(options.fit)
         _check(options)
     except ConfigError as error:
         sys.exit(report("velora-memory", str(error), 2))
@@ -86,13 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fit_bytes(text: str | None) -> int | None:
-    from velora.memory.units import parse_bytes
-
-    try:
-        return None if text is None else parse_bytes(text)
-    except ConfigError as error:
-        raise ConfigError(f"--fit {error}") from None
+def parse_bytes(text: str) -> int:
+    """ "24GiB", "8 GB", "512MiB" or plain bytes as a number of bytes; ConfigError for anything else, and for nothing."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigError(f"--fit {text!r} is not an amount of memory; write it like 24GiB, 8GB or 512MiB")
+    num_bytes = int(float(match[1]) * _UNITS[match[2]])
+    if num_bytes < 1:
+        raise ConfigError(f"--fit {text!r} is no memory at all; write what there is, like 24GiB, 8GB or 512MiB")
+    return num_bytes
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -108,8 +114,7 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
     from rich.console import Console
 
     from velora.memory.estimate import LARGEST_SEARCHED
-    from velora.memory.show import figures_table, freed_table, ledger_table
-    from velora.memory.units import format_bytes
+    from velora.memory.tables import figures_table, freed_table, ledger_table
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     config, figures = explanation.config, explanation.figures
@@ -117,11 +122,11 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
     console.print(
         f"\n{config.name}: two training steps, batch {batch}, on {figures.device}", style="bold", highlight=False
     )
-    title = f"peak {format_bytes(figures.peak.num_bytes)} in {figures.peak.moment}"
+    title = f"peak {human_bytes(figures.peak.num_bytes)} in {figures.peak.moment}"
     console.print(figures_table(figures, explanation.measured, title))
     counted = sum(explanation.accounting.values())
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in explanation.accounting.items())
-    console.print(f"the paper's accounting (Tables 3, 5b, 6): {format_bytes(counted)} = {parts}", highlight=False)
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in explanation.accounting.items())
+    console.print(f"the paper's accounting (Tables 3, 5b, 6): {human_bytes(counted)} = {parts}", highlight=False)
     for name, value in explanation.paper.items():
         console.print(
             f"the paper prints {name} = {value}; estimated {figures.peak.num_bytes / 1e9:.2f} GB", highlight=False
@@ -132,7 +137,7 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
     for warning in explanation.warnings:
         console.print(f"warning: {warning}", style="yellow", highlight=False)
     if explanation.largest_batch is not None and questions.fit_bytes is not None:
-        limit = format_bytes(questions.fit_bytes)
+        limit = human_bytes(questions.fit_bytes)
         least = "at least " if explanation.largest_batch >= LARGEST_SEARCHED else ""
         text = (
             f"largest batch within {limit}: {least}{explanation.largest_batch}"
@@ -145,12 +150,12 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
 def _compare(found: list[Explanation], folder: Path | None) -> None:
     from rich.console import Console
 
-    from velora.memory.show import columns_table, draw_columns
+    from velora.memory.tables import columns_table, draw_columns, mebibytes
 
     labels = _labels(found)
     peaks = {label: e.figures.peak.terms for label, e in zip(labels, found, strict=True)}
     extra: dict[str, dict[str, str]] = {
-        "saved MiB": {label: f"{e.figures.saved_bytes / 2**20:,.1f}" for label, e in zip(labels, found, strict=True)},
+        "saved MiB": {label: mebibytes(e.figures.saved_bytes) for label, e in zip(labels, found, strict=True)},
         "moment": {label: str(e.figures.peak.moment) for label, e in zip(labels, found, strict=True)},
     }
     if any(e.paper for e in found):

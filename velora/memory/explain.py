@@ -7,23 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from velora.config.parts import Activations
 from velora.config.run import Config
 from velora.errors import ConfigError
 from velora.memory.estimate import Device, Pretended, estimate, largest_batch, pretend
-from velora.memory.figures import MemoryFigures
-from velora.memory.freed import Freed, layers_by_role, layers_that_free_nothing, what_would_be_freed
+from velora.memory.freed import Freed, what_velora_would_free
 from velora.memory.ledger import Ledger, take_ledger
 from velora.memory.meter import measure
 from velora.memory.paper import accounting
 from velora.memory.storages import plain_tensors
-from velora.nn.projection import split_width
-from velora.nn.swap import TWINS
+from velora.memory.timeline import MemoryFigures
 from velora.run.device import training_device
-
-DEFAULT_SUB_TOKEN_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -77,16 +72,6 @@ def explain(config: Config, questions: Questions) -> Explanation:
     Raises ConfigError for a question that has no answer here.
     """
     questions = _answerable(config, questions)
-    try:
-        return _explain(config, questions)
-    except DataDependentOutputException:
-        raise ConfigError(
-            f"model={config.model.name} cannot be estimated: its forward looks into the data, which an estimate does not have; "
-            "`velora-train trainer.max_steps=1` counts what it keeps"
-        ) from None
-
-
-def _explain(config: Config, questions: Questions) -> Explanation:
     device, padded = questions.device, questions.padded
     figures = estimate(config, device=device, padded=padded)
     pretended = pretend(config, device=device, padded=padded)
@@ -94,9 +79,9 @@ def _explain(config: Config, questions: Questions) -> Explanation:
     freed: tuple[Freed, ...] = ()
     warnings: tuple[str, ...] = ()
     if questions.ledger:
-        ledger = _ledger(pretended, config)
+        ledger = _ledger(pretended)
         freed = tuple(_what_would_be_freed(config, pretended.network, questions))
-        warnings = tuple(layers_that_free_nothing(pretended.network, ledger, config.model.roles))
+        warnings = tuple(config.activations.warnings(pretended.network, ledger, config))
     largest = None
     if questions.fit_bytes is not None:
 
@@ -112,7 +97,7 @@ def _explain(config: Config, questions: Questions) -> Explanation:
         ledger=ledger,
         freed=freed,
         warnings=(*warnings, *_not_in_the_estimate(config)),
-        measured=_measure(config, questions) if questions.measure else None,
+        measured=measure(config, padded=padded) if questions.measure else None,
         largest_batch=largest,
         fit_bytes=questions.fit_bytes,
     )
@@ -149,45 +134,16 @@ def papers_figures(config: Config) -> dict[str, float]:
     return {}
 
 
-def _ledger(pretended: Pretended, config: Config) -> Ledger:
+def _ledger(pretended: Pretended) -> Ledger:
     with pretended.context():
-        return take_ledger(pretended.network, pretended.losses[0], config.model.roles)
+        return take_ledger(pretended.network, pretended.losses[0])
 
 
 def _what_would_be_freed(config: Config, configured: nn.Module, questions: Questions) -> list[Freed]:
-    """Each role alone, each input's readers together, and the configuration's own choice, out of the plain network's ledger."""
+    """Out of the ledger of the plain network."""
     plain = config.model_copy(update={"activations": Activations(kind="exact")})
     pretended = pretend(plain, device=questions.device, padded=questions.padded)
-    network, roles = pretended.network, config.model.roles
-    ledger = _ledger(pretended, plain)
-    choices: dict[str, list[str]] = layers_by_role(network, roles)
-    names = {role: "+".join(r for r, paths in choices.items() if paths == own) for role, own in choices.items()}
-    choices = {names[role]: paths for role, paths in choices.items()}  # a fused layer stands once
-    sizes = {p: _sub_token_size(config, role, network, p) for role, paths in choices.items() for p in paths}
-    alone = what_would_be_freed(ledger, choices, sizes)
-    together = {}
-    for choice in alone:
-        readers = sorted({choice.choice, *choice.can_join}, key=list(choices).index)
-        if len(readers) > 1:
-            together[" + ".join(readers)] = [p for role in readers for p in choices[role]]
-    together["all"] = list(dict.fromkeys(p for paths in choices.values() for p in paths))
-    twins = {path: module for path, module in configured.named_modules() if type(module) in TWINS.values()}
-    if twins:
-        sizes |= {path: twin.sub_token_size for path, twin in twins.items()}  # type: ignore[misc]
-        together[f"this configuration ({config.method.name})"] = list(twins)
-    return [*alone, *what_would_be_freed(ledger, together, sizes)]
-
-
-def _sub_token_size(config: Config, role: str, network: nn.Module, path: str) -> int:
-    """S of a layer: the configuration's own where it has one for the role, else 16 where that divides the width."""
-    module = network.get_submodule(path)
-    width = TWINS[type(module)].width_of(module)
-    given = {key: getattr(config.activations, key, None) for key in ("num_groups", "sub_token_size")}
-    given = {key: value.get(role) if isinstance(value, dict) else value for key, value in given.items()}
-    try:
-        return split_width(width, **given)[1]
-    except ConfigError:
-        return DEFAULT_SUB_TOKEN_SIZE if width % DEFAULT_SUB_TOKEN_SIZE == 0 else width
+    return what_velora_would_free(_ledger(pretended), pretended.network, configured, config)
 
 
 def _accounting(config: Config, pretended: Pretended) -> Mapping[str, int]:
@@ -195,13 +151,13 @@ def _accounting(config: Config, pretended: Pretended) -> Mapping[str, int]:
     words = inputs.get("input_ids")
     num_tokens = words.numel() if words is not None else _num_patches(pretended)
     half = config.trainer.precision != "fp32" or getattr(config.weights, "dtype", "fp32") != "fp32"
-    return accounting(pretended.network, num_tokens, 2 if half else 4, config.model.roles)
+    return accounting(pretended.network, num_tokens, 2 if half else 4)
 
 
 def _num_patches(pretended: Pretended) -> int:
-    """Tokens of an image batch: what the first layer with a counted role gets."""
+    """Tokens of an image batch: what the first linear layer gets."""
     seen: list[int] = []
-    first = next(m for m in pretended.network.modules() if type(m) is nn.Linear or type(m) in TWINS.values())
+    first = next(module for module in pretended.network.modules() if isinstance(module, nn.Linear))
 
     def note(_module: nn.Module, args: Any) -> None:
         tensor = next(plain_tensors(args))
@@ -212,7 +168,3 @@ def _num_patches(pretended: Pretended) -> int:
         pretended.losses[0]()
     handle.remove()
     return seen[0]
-
-
-def _measure(config: Config, questions: Questions) -> MemoryFigures:
-    return measure(config, padded=questions.padded)

@@ -1,4 +1,4 @@
-"""What would be freed: which layers let which bytes go, and which let none go because somebody else holds them too.
+"""What VeLoRA would free: which layers let which bytes go, and which let none go because somebody else holds them too.
 
 VeLoRA makes a layer let go of its input. The input's storage disappears only when every holder lets go of it: in a LLaMA
 block query, key and value read one tensor, so any one or two of them free nothing, and the input of the output
@@ -12,10 +12,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from velora.config.roles import Roles, resolve_roles
-from velora.memory.ledger import ACTIVATION, Entry, Ledger, roles_of_modules
-from velora.nn.swap import TWINS, expand_container, find_modules, module_names
-from velora.nn.twin import VeloraTwin
+from velora.config.roles import roles_by_module, roles_of
+from velora.config.run import Config
+from velora.errors import ConfigError
+from velora.memory.ledger import ACTIVATION, Entry, Ledger
+from velora.nn.apply import velora_layers
+from velora.nn.projection import split_width
+from velora.nn.swap import TWINS, expand_container, find_modules
+
+DEFAULT_SUB_TOKEN_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,10 @@ class Freed:
         return self.freed_bytes - self.codes_bytes
 
 
-def layers_by_role(model: nn.Module, roles: Roles | None = None) -> dict[str, list[str]]:
+def layers_by_role(model: nn.Module) -> dict[str, list[str]]:
     """Role -> paths of the layers that VeLoRA on this role would take: plain ones whose weight trains."""
-    resolved = resolve_roles(module_names(model), roles, getattr(model, "velora_roles", None))
     found: dict[str, list[str]] = {}
-    for role, patterns in resolved.items():
+    for role, patterns in roles_of(model).items():
         for name, module in find_modules(model, patterns).items():
             inner = expand_container(name, module)
             paths = [path for path, layer in inner if type(layer) in TWINS and layer.weight.requires_grad]
@@ -60,6 +64,36 @@ def what_would_be_freed(
     """
     swappable = {path for paths in choices.values() for path in paths}
     return [_freed(ledger, name, set(paths), swappable, sub_token_sizes or {}) for name, paths in choices.items()]
+
+
+def what_velora_would_free(ledger: Ledger, plain: nn.Module, configured: nn.Module, config: Config) -> list[Freed]:
+    """Each role alone, each input's readers together, and the configuration's own choice, out of the plain network's ledger."""
+    choices = layers_by_role(plain)
+    names = {role: "+".join(r for r, paths in choices.items() if paths == own) for role, own in choices.items()}
+    choices = {names[role]: paths for role, paths in choices.items()}  # a fused layer stands once
+    sizes = {p: _sub_token_size(config, role, plain.get_submodule(p)) for role, paths in choices.items() for p in paths}
+    alone = what_would_be_freed(ledger, choices, sizes)
+    together = {}
+    for choice in alone:
+        readers = sorted({choice.choice, *choice.can_join}, key=list(choices).index)
+        if len(readers) > 1:
+            together[" + ".join(readers)] = [p for role in readers for p in choices[role]]
+    together["all"] = list(dict.fromkeys(p for paths in choices.values() for p in paths))
+    if twins := velora_layers(configured):
+        sizes |= {path: twin.sub_token_size for path, twin in twins.items()}
+        together[f"this configuration ({config.method.name})"] = list(twins)
+    return [*alone, *what_would_be_freed(ledger, together, sizes)]
+
+
+def _sub_token_size(config: Config, role: str, module: nn.Module) -> int:
+    """S of a layer: the configuration's own where it has one for the role, else 16 where that divides the width."""
+    width = TWINS[type(module)].width_of(module)
+    given = {key: getattr(config.activations, key, None) for key in ("num_groups", "sub_token_size")}
+    given = {key: value.get(role) if isinstance(value, dict) else value for key, value in given.items()}
+    try:
+        return split_width(width, **given)[1]
+    except ConfigError:
+        return DEFAULT_SUB_TOKEN_SIZE if width % DEFAULT_SUB_TOKEN_SIZE == 0 else width
 
 
 def _freed(
@@ -92,17 +126,16 @@ def _naming(kind: str, operation: str) -> str:
     return f"{kind} ({operation.removesuffix('0').removesuffix('Backward')})"
 
 
-def layers_that_free_nothing(model: nn.Module, ledger: Ledger, roles: Roles | None = None) -> list[str]:
+def layers_that_free_nothing(model: nn.Module, ledger: Ledger) -> list[str]:
     """Sentences for the user about VeLoRA layers whose input stays in memory all the same; empty if there are none.
 
     `ledger` is that of the model with its VeLoRA layers in place, so nothing is predicted here: an input that is
     alive after the forward was kept by somebody else. One sentence per role, naming who would have to join.
     """
-    named = roles_of_modules(model, roles)
-    twins = [path for path, module in model.named_modules() if isinstance(module, VeloraTwin)]
+    named = roles_by_module(model)
     can_join = {path for path, module in model.named_modules() if type(module) in TWINS}
     by_role: dict[str, list[str]] = {}
-    for path in twins:
+    for path in velora_layers(model):
         by_role.setdefault(named.get(path, path), []).append(path)
     sentences = []
     for role, paths in by_role.items():

@@ -7,8 +7,10 @@ held some other way, usually by an attribute of a custom function's ctx: it is l
 
 A storage with several holders disappears only when all of them let go, which is why the ledger names them all.
 Parameters, buffers and inputs that are saved for backward cost nothing more than they do anyway; they
-are listed apart. Not counted, because they are made without the dispatcher: the random-number states that checkpointed
-regions keep (5 kB each, on the CPU) and the tensors of 8 bytes that Python numbers become.
+are listed apart. A layer whose class has an attribute `saved_term` names what it saves by it.
+
+Not counted, because they are made without the dispatcher: the random-number states that checkpointed regions keep (5 kB
+each, on the CPU) and the tensors of 8 bytes that Python numbers become.
 """
 
 from __future__ import annotations
@@ -25,18 +27,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from velora.config.roles import Roles, resolve_roles, role_of
-from velora.memory.modules import ModuleStack
-from velora.memory.storages import AllocationTracker, plain_tensors, storage_key
-from velora.nn.twin import VeloraTwin
+from velora.config.roles import roles_by_module
+from velora.memory.storages import AllocationTracker, ModuleStack, StorageKey, plain_tensors, storage_key
 
 Grouping = Literal["kind", "role", "term", "holders", "module"]
 
-ACTIVATION, WEIGHT_COPY, MASK, CODES, REGION = (
+ACTIVATION, WEIGHT_COPY, MASK, REGION = (
     "activation",
     "copy of a weight",
     "dropout mask",
-    "VeLoRA codes",
     "input of a checkpointed region",
 )
 _RANDOM = {"aten::bernoulli_", "aten::bernoulli", "aten::native_dropout"}
@@ -159,11 +158,10 @@ class Ledger:
         }
 
 
-def take_ledger(model: nn.Module, forward: Callable[[], Tensor], roles: Roles | None = None) -> Ledger:
+def take_ledger(model: nn.Module, forward: Callable[[], Tensor]) -> Ledger:
     """The ledger of one forward of `model`.
 
-    `forward` computes the loss and returns it, as for `measure_saved_bytes`, whose total this ledger's sums equal.
-    `roles` (role -> patterns of module names) are looked up in `velora.config.roles` where they are not given. The graph
+    `forward` computes the loss and returns it, as for `measure_saved_bytes`, whose total this ledger's sums equal. The graph
     behind the loss survives only if the caller keeps the loss; its backward then runs as usual, but in-place changes
     of saved tensors go unnoticed by autograd.
     """
@@ -171,19 +169,7 @@ def take_ledger(model: nn.Module, forward: Callable[[], Tensor], roles: Roles | 
     with recorder.watch():
         loss = forward()
     gc.collect()
-    return recorder.ledger(loss, roles_of_modules(model, roles))
-
-
-def roles_of_modules(model: nn.Module, roles: Roles | None = None) -> dict[str, str]:
-    """Module path -> role, for each module that plays one or lies inside one that does (an adapter's layers)."""
-    paths = [path for path, _ in model.named_modules()]
-    resolved = resolve_roles(paths, roles, getattr(model, "velora_roles", None))
-    found: dict[str, str] = {}
-    for path in paths:  # a module comes before those inside it
-        role = role_of(path, resolved) or found.get(path.rpartition(".")[0])
-        if role is not None:
-            found[path] = role
-    return found
+    return recorder.ledger(loss, roles_by_module(model))
 
 
 def _called_by_checkpoint() -> bool:
@@ -208,12 +194,12 @@ class _Recorder(AllocationTracker):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.stack = model, ModuleStack(model)
-        self.origins: dict[int, _Origin] = {}
-        self.saved: dict[int, dict[int, str]] = {}  # storage -> {node number: module}, in the order of saving
-        self.inputs: dict[str, set[int]] = {}
-        self.masks: set[int] = set()
-        self.weight_copies: set[int] = set()
-        self.twins = {path for path, module in model.named_modules() if isinstance(module, VeloraTwin)}
+        self.origins: dict[StorageKey, _Origin] = {}
+        self.saved: dict[StorageKey, dict[int, str]] = {}  # storage -> {node number: module}, in the order of saving
+        self.inputs: dict[str, set[StorageKey]] = {}
+        self.masks: set[StorageKey] = set()
+        self.weight_copies: set[StorageKey] = set()
+        self.own_terms = {path: getattr(type(m), "saved_term", ACTIVATION) for path, m in model.named_modules()}
         self.parameters = {storage_key(t): name for name, p in model.named_parameters() for t in plain_tensors(p)}
         self.buffers = {storage_key(t): name for name, b in model.named_buffers() for t in plain_tensors(b)}
 
@@ -278,20 +264,19 @@ class _Recorder(AllocationTracker):
         inputs = {path: tuple(position[key] for key in keys if key in position) for path, keys in self.inputs.items()}
         return Ledger(tuple(entries), tuple(self._lived_before_and_saved()), inputs)
 
-    def _term(self, key: int, holders: tuple[Holder, ...]) -> str:
+    def _term(self, key: StorageKey, holders: tuple[Holder, ...]) -> str:
         if key in self.masks:
             return MASK
         if key in self.weight_copies:
             return WEIGHT_COPY
         if any(holder.operation.startswith(_REGION_NODES) for holder in holders):
             return REGION
-        if all(holder.module in self.twins for holder in holders):  # the only new tensor that a twin saves
-            return CODES
-        return ACTIVATION
+        terms = {self.own_terms.get(holder.module, ACTIVATION) for holder in holders}
+        return terms.pop() if len(terms) == 1 else ACTIVATION
 
     def _lived_before_and_saved(self) -> Iterator[LivedBefore]:
-        for key in self.saved.keys() & self.lived_before.keys():
-            storage = torch.UntypedStorage._new_with_weak_ptr(self.lived_before[key].cdata)
+        for key in self.saved:
+            storage = key() if key in self.lived_before else None
             if storage is None:
                 continue
             if key in self.parameters:
@@ -301,10 +286,10 @@ class _Recorder(AllocationTracker):
             else:
                 yield LivedBefore(storage.nbytes(), "input", None)
 
-    def _walk(self, loss: Tensor) -> tuple[dict[int, str], dict[int, list[tuple[str, str]]]]:
+    def _walk(self, loss: Tensor) -> tuple[dict[int, str], dict[StorageKey, list[tuple[str, str]]]]:
         """Names of all nodes behind the loss by number, and what custom functions keep in attributes of their ctx."""
         names: dict[int, str] = {-1: "checkpoint"}
-        kept: dict[int, list[tuple[str, str]]] = {}
+        kept: dict[StorageKey, list[tuple[str, str]]] = {}
         pending, seen = [loss.grad_fn], set()
         while pending:
             node = pending.pop()

@@ -7,6 +7,9 @@ so the timeline is the measurement, and the resident size of the process stands 
 Measuring costs time: Python runs at every operator. Steps of llama_tiny and llama_60m took 1.8 to 2.0 times as much CPU
 time under it (one thread). So the meter is for a few steps of their own, never for a run whose speed is reported. It changes
 neither values nor random numbers, and it never calls `empty_cache`: what it sees is what the run would do without it.
+
+The steps of a configuration, which the meter runs and the estimate pretends to run, are here too: a batch of the shapes that the
+task has (of the data only shapes count), its loss as the training loop computes it, and the order of a step.
 """
 
 from __future__ import annotations
@@ -20,14 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from velora.config.run import Config
-from velora.memory.batches import preprocessor_for_shapes, synthetic_batch, training_loss
-from velora.memory.figures import SHORT_OF_PHASE, MemoryFigures, figures_of
-from velora.memory.timeline import Timeline
+from velora.memory.timeline import MemoryFigures, Timeline, figures_of
 from velora.models.build import build_network
-from velora.nn.twin import VeloraTwin
 from velora.run.device import training_device
 
 CUDA_BLOCK_BYTES = 512  # the caching allocator's smallest step
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Meter:
@@ -77,7 +78,8 @@ class Meter:
         """Close the books of the phase that ends; `phase` begins."""
         self._rss_bytes = max(self._rss_bytes, self._process.memory_info().rss)
         if self.device.type == "cuda":
-            ended = self._device_peaks.setdefault(SHORT_OF_PHASE[self._phase], {"allocated": 0, "reserved": 0})
+            name = "after load" if self._phase == "load" else self._phase
+            ended = self._device_peaks.setdefault(name, {"allocated": 0, "reserved": 0})
             ended["allocated"] = max(ended["allocated"], torch.cuda.max_memory_allocated(self.device))
             ended["reserved"] = max(ended["reserved"], torch.cuda.max_memory_reserved(self.device))
             self._reset_device_peaks()
@@ -87,6 +89,65 @@ class Meter:
     def _reset_device_peaks(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def synthetic_batch(
+    config: Config, batch_size: int, padded: bool = False, make: Callable[..., Tensor] = torch.ones
+) -> dict[str, Tensor]:
+    """Sequences of full length, all words 1 (which pads in no tokenizer that counts), all labels 1, no masked position.
+
+    `padded` masks the last position of the first sequence, which makes networks build the attention masks that they leave
+    out where nothing is masked. `make` makes the floating-point tensors: fake ones in an estimate.
+    """
+    batch: dict[str, Tensor] = {}
+    for name, (shape, dtype_name) in config.task.batch_shapes(batch_size, config).items():
+        dtype = getattr(torch, dtype_name)
+        batch[name] = make(shape, dtype=dtype) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
+    if padded and "attention_mask" in batch:
+        batch["attention_mask"][0, -1] = 0
+    return batch
+
+
+def training_loss(network: nn.Module, batch: dict[str, Tensor], config: Config) -> Callable[[], Tensor]:
+    """One forward in trainer.precision; the outputs are brought to float32 outside autocast, as accelerate does it."""
+    dtype = _AUTOCAST.get(config.trainer.precision)
+
+    def forward() -> Tensor:
+        if dtype is None:
+            return network(**batch).loss
+        device = next(network.parameters()).device.type
+        with torch.autocast(device, dtype=dtype):
+            outputs = network(**batch)
+        return type(outputs)({name: _to_float32(value) for name, value in outputs.items()}).loss
+
+    return forward
+
+
+class _NoTokenizer:
+    """In place of a tokenizer whose vocabulary the architecture states anyway."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+
+def preprocessor_for_shapes(config: Config) -> Any:
+    """The preprocessor of a network's builder; no tokenizer is loaded where the architecture states its vocabulary."""
+    architecture = getattr(config.model, "architecture", None)
+    if architecture is not None and architecture.get("vocab_size", 0) is not None:
+        return _NoTokenizer()
+    return config.model.preprocessor(config)
+
+
+def network_without_weights(config: Config) -> nn.Module:
+    """The network of a configuration on all axes but the optimizer's; its weights are random, and nothing is read for them.
+
+    Raises ConfigError where a run would.
+    """
+    config = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
+    return build_network(config, config.task.head(config), preprocessor_for_shapes(config))[0]
+
+
+def _to_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def training_steps(
@@ -146,18 +207,11 @@ def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> Memo
     Raises ConfigError where this machine has not the device of the configuration.
     """
     device = training_device(config)
-    network, _ = build_network(
-        config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})}),
-        config.task.head(config), preprocessor_for_shapes(config),
-    )  # fmt: skip
-    network.to(device).train()
+    network = network_without_weights(config).to(device).train()
     shape = (config, config.trainer.examples_per_forward, padded)
     first, *others = [synthetic_batch(*shape) for _ in range(config.trainer.accumulation_steps)]
     batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in (first, *others)]
-    for module in network.modules():
-        if isinstance(module, VeloraTwin):
-            vector = torch.ones_like(module.direction)
-            module.set_direction(vector / torch.linalg.vector_norm(vector), vector)
+    config.activations.pretend_calibrated(network)
     optimizer = config.optimizer.build(network, config)
     meter = Meter(network)
     with meter.measuring(optimizer):

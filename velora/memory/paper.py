@@ -26,8 +26,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from velora.config.roles import Roles
-from velora.memory.ledger import roles_of_modules
+from velora.config.roles import roles_by_module
 from velora.memory.storages import unique_bytes
 from velora.nn.twin import VeloraTwin
 
@@ -90,14 +89,12 @@ def table_3_bytes(shape: LlamaShape, bytes_per_block_weight: float, sub_token_si
     return weight_bytes(shape, bytes_per_block_weight) + adapter_bytes(shape) + inputs
 
 
-def accounting(
-    network: nn.Module, num_tokens: int, bytes_per_feature: int, roles: Roles | None = None
-) -> Mapping[str, int]:
+def accounting(network: nn.Module, num_tokens: int, bytes_per_feature: int) -> Mapping[str, int]:
     """The same accounting for any network and batch: frozen weights, trained weights, inputs of trained counted layers.
 
     A layer counts if it plays a counted role and trains, or an adapter inside it does. Compressed layers count their codes.
     """
-    named = roles_of_modules(network, roles)
+    named = roles_by_module(network)
     inputs = 0
     seen: set[str] = set()
     for path, module in network.named_modules():

@@ -16,22 +16,30 @@ term of a storage is settled by what becomes of it, not by where it was made:
 The phases need no help from the loop: forward is the forward of the model (and what follows until an autograd node runs),
 backward is what autograd nodes do, step is the rest: clipping and the optimizer.
 
-The timeline runs on real tensors (the meter) and on fake ones (the estimate) alike.
+The timeline runs on real tensors (the meter) and on fake ones (the estimate) alike. What both report are `MemoryFigures`: one peak,
+its terms, its moment, and what each phase of a step used.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from velora.memory.modules import ModuleStack
-from velora.memory.storages import AllocationTracker, model_tensors, plain_tensors, state_tensors, storage_key
+from velora.memory.storages import (
+    AllocationTracker,
+    ModuleStack,
+    StorageKey,
+    model_tensors,
+    plain_tensors,
+    state_tensors,
+    storage_key,
+)
 
 TERMS = ("weights", "gradients", "optimizer", "activations", "batch", "transient")
 PHASES = ("load", "forward", "backward", "step")
@@ -90,12 +98,12 @@ class Timeline(AllocationTracker):
         super().__init__()
         self.model, self.stack = model, ModuleStack(model)
         self.device_type, self.granularity_bytes, self.on_phase = device_type, granularity_bytes, on_phase
-        self.records: dict[int, StorageRecord] = {}
+        self.records: dict[StorageKey, StorageRecord] = {}
         self.phase = "load"
         self.live_bytes = 0
         self.saved_bytes = 0  # the most that was kept for backward at the end of a forward
         self._clock = 0
-        self._levels: list[tuple[int, int]] = []  # storage and change of the sum, by the clock
+        self._levels: list[tuple[StorageKey, int]] = []  # storage and change of the sum, by the clock
         self._forward_began_at = 0
         self._saved_marked = False
         self._finalisers: list[weakref.ref[Any]] = []
@@ -174,7 +182,7 @@ class Timeline(AllocationTracker):
         self.phase = phase
         self.on_phase(phase)
 
-    def _mark_saved(self, loss_key: int | None) -> None:
+    def _mark_saved(self, loss_key: StorageKey | None) -> None:
         saved = 0
         for key, record in self.records.items():
             in_forward = record.phase == "forward" and record.allocated_at >= self._forward_began_at
@@ -191,7 +199,7 @@ class Timeline(AllocationTracker):
         if tensor.device.type != self.device_type:
             return
         storage = tensor.untyped_storage()
-        key, step = storage._cdata, self.granularity_bytes
+        key, step = storage_key(tensor), self.granularity_bytes
         num_bytes = -(-storage.nbytes() // step) * step
         node = torch._C._current_autograd_node()
         module = self.stack.current if node is None else self.stack.of_node(node)
@@ -199,13 +207,13 @@ class Timeline(AllocationTracker):
         self._finalisers.append(weakref.ref(storage, lambda _ref: self._died(key)))
         self._change(key, num_bytes)
 
-    def _died(self, key: int) -> None:
+    def _died(self, key: StorageKey) -> None:
         record = self.records[key]
         if record.freed_at is None and not self._closed:
             record.freed_at = self._clock
             self._change(key, -record.num_bytes)
 
-    def _change(self, key: int, num_bytes: int) -> None:
+    def _change(self, key: StorageKey, num_bytes: int) -> None:
         self._levels.append((key, num_bytes))
         self._clock += 1
         self.live_bytes += num_bytes
@@ -214,7 +222,7 @@ class Timeline(AllocationTracker):
         """The largest sum, among allocations made in some of the phases, over the whole watch."""
         wanted = set(phases)
         level = best = best_at = 0
-        best_key: int | None = None
+        best_key: StorageKey | None = None
         for time, (key, change) in enumerate(self._levels):
             level += change
             if level > best and change > 0 and self.records[key].phase in wanted:
@@ -250,3 +258,75 @@ def _first_accumulation_hook(parameter: Tensor, hook: Callable[[Tensor], None]) 
         del hooks[key]
         hooks[key] = other
     return handle
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """Memory of some training steps, in bytes of storages.
+
+    `peak.terms` are what was alive at the peak and sum to it; `term_peaks` are the most that each term had, at whatever
+    time. `by_phase`: the peak inside each phase (null for one that allocated nothing). `saved_bytes`: what backward
+    kept at the end of a forward. `device_peaks`, on CUDA: what the allocator itself reports, per phase;
+    `unexplained_bytes` is its peak minus ours (rounding, workspaces inside operators). `rss_bytes`: the most that the
+    process had resident on the CPU, everything in it included, as sampled when phases change.
+    """
+
+    source: Literal["metered", "estimated"]
+    device: str
+    num_steps: int
+    peak: Peak
+    by_phase: Mapping[str, Peak | None]
+    term_peaks: Mapping[str, int]
+    saved_bytes: int
+    after_load_bytes: int
+    device_peaks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unexplained_bytes: int | None = None
+    rss_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; the names of result.json's `memory` where they mean the same."""
+        return {
+            "source": self.source,
+            "device": self.device,
+            "num_steps": self.num_steps,
+            "peak_bytes": self.peak.num_bytes,
+            "peak_terms_bytes": self.peak.terms,
+            "peak_moment": str(self.peak.moment),
+            "peak_by_phase_bytes": {name: peak.num_bytes for name, peak in self.by_phase.items() if peak is not None},
+            "after_load_bytes": self.after_load_bytes,
+            "weights_bytes": self.term_peaks["weights"],
+            "gradients_bytes": self.term_peaks["gradients"],
+            "optimizer_bytes": self.term_peaks["optimizer"],
+            "saved_for_backward_bytes": self.saved_bytes,
+            "device_peaks_bytes": {phase: dict(peaks) for phase, peaks in self.device_peaks.items()},
+            "unexplained_bytes": self.unexplained_bytes,
+            "rss_bytes": self.rss_bytes,
+        }
+
+
+def figures_of(
+    timeline: Timeline,
+    source: Literal["metered", "estimated"],
+    device: str,
+    num_steps: int,
+    after_load_bytes: int,
+    device_peaks: Mapping[str, Mapping[str, int]] | None = None,
+    rss_bytes: int | None = None,
+) -> MemoryFigures:
+    """Read a timeline that has ended."""
+    peak = timeline.peak()
+    device_peaks = device_peaks or {}
+    allocated = max((peaks["allocated"] for peaks in device_peaks.values()), default=None)
+    return MemoryFigures(
+        source=source,
+        device=device,
+        num_steps=num_steps,
+        peak=peak,
+        by_phase={phase: timeline.peak([phase]) for phase in PHASES},
+        term_peaks=timeline.term_peaks(),
+        saved_bytes=timeline.saved_bytes,
+        after_load_bytes=after_load_bytes,
+        device_peaks=device_peaks,
+        unexplained_bytes=None if allocated is None else allocated - peak.num_bytes,
+        rss_bytes=rss_bytes,
+    )

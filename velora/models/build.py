@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from velora.config.parts import Head
+from velora.config.roles import roles_of
 from velora.config.run import Config
 from velora.memory.storages import model_tensors, unique_bytes
 
@@ -14,6 +15,7 @@ from velora.memory.storages import model_tensors, unique_bytes
 def build_network(config: Config, head: Head, preprocessor: Any) -> tuple[nn.Module, str | None]:
     """The network on all four axes but the optimiser's, and a text that says what the activations axis changed."""
     network = config.model.build(head, preprocessor, config)
+    network.velora_roles = roles_of(network, config.model.roles)  # type: ignore[assignment]
     network = config.weights.apply(network, config)
     network = config.adapter.apply(network, config)
     changes = config.activations.apply(network, config)

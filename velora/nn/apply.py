@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora.config.roles import ROLES, Roles, matches, resolve_roles, role_of
+from velora.config.roles import ROLES, Roles, matches, role_of, roles_of
 from velora.errors import ConfigError
 from velora.nn.projection import INITS, SubTokenStatistics, split_width
 from velora.nn.swap import TWINS, expand_container, find_modules, module_names, plain_name, raise_problems
@@ -103,21 +103,11 @@ def apply_velora(
     entries = [layers] if isinstance(layers, str | nn.Module) else list(layers)
     problems = list(_argument_problems(model, entries, num_groups, sub_token_size, init, scale))
     raise_problems(problems)
-    names = module_names(model)
-    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
-    resolved = resolve_roles(names, roles, declared)
+    resolved = roles_of(model, roles)
     if "all" in entries and resolved:
         entries = [*resolved, *(entry for entry in entries if entry != "all")]
     chosen = _choose(model, entries, resolved, problems)
-    sizes: dict[str, tuple[int, int]] = {}
-    unfit: dict[str, list[str]] = {}
-    for layer in chosen:
-        try:
-            sizes[layer.name] = _sizes(layer, num_groups, sub_token_size)
-        except ConfigError as error:
-            unfit.setdefault(str(error), []).append(layer.name)
-    for sentence, (first, *others) in unfit.items():
-        problems.append(f"{first}{f' and {len(others)} more' if others else ''}: {sentence}")
+    sizes = _fitting_sizes(chosen, num_groups, sub_token_size, problems)
     raise_problems(problems)
     _look_for_frozen(chosen)
     for layer in chosen:
@@ -311,6 +301,22 @@ def _twin_problems(name: str, module: nn.Module) -> Iterator[str]:
         yield f"{name}: {type(module).__name__} has no VeLoRA twin (exactly {known} have one)"
     elif "forward" in module.__dict__:
         yield f"{name}: its forward was replaced on the instance (an accelerate hook?), which a twin would not run"
+
+
+def _fitting_sizes(
+    chosen: list[_Chosen], num_groups: Size, sub_token_size: Size, problems: list[str]
+) -> dict[str, tuple[int, int]]:
+    """Name -> G and S; one sentence goes to `problems` for all layers that cannot be split for one reason."""
+    sizes: dict[str, tuple[int, int]] = {}
+    unfit: dict[str, list[str]] = {}
+    for layer in chosen:
+        try:
+            sizes[layer.name] = _sizes(layer, num_groups, sub_token_size)
+        except ConfigError as error:
+            unfit.setdefault(str(error), []).append(layer.name)
+    for sentence, (first, *others) in unfit.items():
+        problems.append(f"{first}{f' and {len(others)} more' if others else ''}: {sentence}")
+    return sizes
 
 
 def _sizes(layer: _Chosen, num_groups: Size, sub_token_size: Size) -> tuple[int, int]:

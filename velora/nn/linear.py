@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from velora.nn.projection import code_unit, compress, split_width, sum_over_tokens
+from velora.nn.projection import code_unit, compress, sum_over_tokens
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
 
 
@@ -35,36 +35,10 @@ class VeloraLinear(VeloraTwin, nn.Linear):
     """nn.Linear that keeps N G numbers for the gradient of its weight in place of N D.
 
     In eval mode, under no_grad and where the weight is frozen it is the plain layer. `velora.apply_velora` makes it out of
-    the nn.Linear layers of a model; `velora.calibrate` sets its direction.
-
-    Args:
-        num_groups, sub_token_size: G or S, exactly one; the other is derived from `in_features`.
-        scale: factor on the weight gradient (the authors' velora_scale).
-        init: where the direction comes from: fixed_average, running_average, svd or random.
-        seed: of a random direction.
-
-    Raises ConfigError for sizes that do not fit.
+    the nn.Linear layers of a model; `velora.calibrate` sets its direction. The arguments of its own are VeloraTwin's.
     """
 
     plain_class = nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        num_groups: int | None = None,
-        sub_token_size: int | None = None,
-        scale: float = 1.0,
-        init: str = "fixed_average",
-        seed: int = 0,
-    ) -> None:
-        sizes = split_width(in_features, num_groups, sub_token_size)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self._init_velora(*sizes, scale, init, seed)
 
     @staticmethod
     def width_of(module: Any) -> int:

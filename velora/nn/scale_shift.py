@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora.nn.projection import code_unit, compress, split_width, sum_over_tokens
+from velora.nn.projection import code_unit, compress, sum_over_tokens
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
 
 
@@ -53,25 +53,9 @@ class ScaleShift(nn.Module):
 
 
 class VeloraScaleShift(VeloraTwin, ScaleShift):
-    """ScaleShift that keeps N G numbers for the gradient of γ in place of N D; the arguments are VeloraLinear's."""
+    """ScaleShift that keeps N G numbers for the gradient of γ in place of N D; the arguments of its own are VeloraTwin's."""
 
     plain_class = ScaleShift
-
-    def __init__(
-        self,
-        num_features: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        num_groups: int | None = None,
-        sub_token_size: int | None = None,
-        scale: float = 1.0,
-        init: str = "fixed_average",
-        seed: int = 0,
-    ) -> None:
-        sizes = split_width(num_features, num_groups, sub_token_size)
-        super().__init__(num_features, device, dtype)
-        self._init_velora(*sizes, scale, init, seed)
 
     @staticmethod
     def width_of(module: Any) -> int:

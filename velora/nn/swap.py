@@ -47,19 +47,18 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Callable[[], None]]:
     while (inner := _wrapped(model)) is not None:
         model = inner
     parts = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent._modules.items()
-        if child is not None and name != _COMPILED and _COMPILED in child._modules
+        (name, child)
+        for name, child in model.named_modules(remove_duplicate=False)
+        if name.rpartition(".")[2] != _COMPILED and _compiled(child) is not None
     ]
-    for parent, name, child in parts:
-        while (inner := child._modules.get(_COMPILED)) is not None:
+    for name, child in reversed(parts):  # the inner ones first, so that their names are still right
+        while (inner := _compiled(child)) is not None:
             child = inner
-        parent._modules[name] = child
+        model.set_submodule(name, child)
 
     def wrap_again() -> None:
-        for parent, name, child in parts:
-            parent._modules[name] = child
+        for name, child in parts:
+            model.set_submodule(name, child)
 
     return model, wrap_again
 
@@ -77,7 +76,12 @@ def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
 def _wrapped(model: nn.Module) -> nn.Module | None:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return model.module
-    return model._modules.get(_COMPILED)
+    return _compiled(model)
+
+
+def _compiled(module: nn.Module) -> nn.Module | None:
+    """What torch.compile has wrapped, if this is such a wrapper (not by attribute: PEFT's wrappers hand those through)."""
+    return dict(module.named_children()).get(_COMPILED)
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -134,8 +138,9 @@ def replace_modules(
             problems.append(f"{name}: {error}")
     raise_problems(problems)
     new_of = {id(found[name]): made[name] for name in found}
-    for parent in list(model.modules()):
-        for attribute, child in list(parent._modules.items()):  # unlike named_children, with all names of one module
-            if child is not None and id(child) in new_of:
-                setattr(parent, attribute, new_of[id(child)])
+    for name, module in reversed(
+        list(model.named_modules(remove_duplicate=False))
+    ):  # inner ones before what holds them
+        if id(module) in new_of:
+            model.set_submodule(name, new_of[id(module)])
     return made

@@ -15,19 +15,32 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from velora.nn.projection import INITS, SubTokenStatistics, random_direction
+from velora.nn.projection import INITS, SubTokenStatistics, random_direction, split_width
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
 
 BUFFERS = ("direction", "average")
-_ATTRIBUTES = ("num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_plain", "_batch_statistics")
+CODES = "VeLoRA codes"
+_ATTRIBUTES = (
+    "num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_plain", "_batch_statistics", "_after_loading",
+)  # fmt: skip
 
 _Self = TypeVar("_Self", bound="VeloraTwin")
 
 
 class VeloraTwin(nn.Module):
     """Base of the twins; subclasses name their `plain_class` and give `forward` and `width_of`.
+
+    A twin is usually made out of a plain module, by `velora.apply_velora`. It can be constructed too, with the arguments of
+    the plain class and:
+
+        num_groups, sub_token_size: G or S, exactly one; the other is derived from the width D.
+        scale: factor on the weight gradient (the authors' velora_scale).
+        init: where the direction comes from: fixed_average, running_average, svd or random.
+        seed: of a random direction.
+
+    Raises ConfigError for sizes that do not fit.
 
     Buffers, both saved in the state_dict: `direction` (S), a unit vector, NaN until it is set, zero where calibration
     has passed the layer by, which then works as the plain one; with init="running_average" also `average` (S), the
@@ -36,6 +49,7 @@ class VeloraTwin(nn.Module):
     """
 
     plain_class: ClassVar[type[nn.Module]]
+    saved_term: ClassVar[str] = CODES  # what a ledger calls the one new tensor that it saves
     direction: Tensor
     average: Tensor
     weight: Tensor
@@ -47,6 +61,21 @@ class VeloraTwin(nn.Module):
     _calibrated: bool  # cached checks of `direction`, no state: False means "look"
     _plain: bool  # the direction is zero; compressing would lose everything
     _batch_statistics: SubTokenStatistics | None
+    _after_loading: Any  # the handle of a hook
+
+    def __init__(
+        self,
+        *plain_args: Any,
+        num_groups: int | None = None,
+        sub_token_size: int | None = None,
+        scale: float = 1.0,
+        init: str = "fixed_average",
+        seed: int = 0,
+        **plain_kwargs: Any,
+    ) -> None:
+        super().__init__(*plain_args, **plain_kwargs)
+        sizes = split_width(self.width_of(self), num_groups, sub_token_size)
+        self._init_velora(*sizes, scale, init, seed)
 
     @staticmethod
     def width_of(module: Any) -> int:
@@ -73,10 +102,9 @@ class VeloraTwin(nn.Module):
         """Make the twin its plain module again, in place, and return it."""
         for key in self.own_forwards():
             setattr(self, key, MethodType(self.plain_class.forward, self))
-        for name in BUFFERS:
-            self._buffers.pop(name, None)
-        for name in _ATTRIBUTES:
-            del self.__dict__[name]
+        self._after_loading.remove()
+        for name in (*self._own_buffers(), *_ATTRIBUTES):
+            delattr(self, name)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
 
@@ -91,14 +119,18 @@ class VeloraTwin(nn.Module):
         self.register_buffer("direction", vector)
         if init == "running_average":
             self.register_buffer("average", vector.clone())
+        self._after_loading = self.register_load_state_dict_post_hook(_look_again)
         self.reset_direction()
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        return {name: buffer for name, buffer in self.named_buffers(recurse=False) if name in BUFFERS}
 
     def _wide_dtype(self) -> torch.dtype:
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         """Where the module goes (.to, .half, .cuda, ...), the buffers go as well, but they do not become half precision."""
-        before = {name: getattr(self, name) for name in BUFFERS if name in self._buffers}
+        before = self._own_buffers()
         super()._apply(fn, recurse)
         self._widen(before)
         return self
@@ -108,12 +140,12 @@ class VeloraTwin(nn.Module):
         for name, value in values.items():
             buffer = getattr(self, name)
             if buffer.dtype != self._wide_dtype():
-                self._buffers[name] = value.to(buffer.device, self._wide_dtype())
+                setattr(self, name, value.to(buffer.device, self._wide_dtype()))
 
     def reset_parameters(self) -> None:
         """Reset the plain module's parameters, and forget the direction (draw it from the seed where it is random)."""
         super().reset_parameters()  # type: ignore[misc]
-        if "direction" in self._buffers:
+        if self._own_buffers():
             self.reset_direction()
 
     @torch.no_grad()
@@ -145,9 +177,8 @@ class VeloraTwin(nn.Module):
     @torch.no_grad()
     def stay_plain(self) -> None:
         """Compute as the plain module until a direction is set; the zero vector says so, in checkpoints too."""
-        for name in BUFFERS:
-            if name in self._buffers:
-                getattr(self, name).zero_()
+        for buffer in self._own_buffers().values():
+            buffer.zero_()
         self._calibrated = self._plain = not self.direction.is_meta
 
     def needs_statistics(self) -> bool:
@@ -209,14 +240,15 @@ class VeloraTwin(nn.Module):
         self._calibrated = not self.direction.is_meta and bool(torch.isfinite(self.direction).all())
         self._plain = self._calibrated and not bool(self.direction.any())
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._widen({name: getattr(self, name) for name in BUFFERS if name in self._buffers})  # where it was assigned
-        self._look()
-
     def extra_repr(self) -> str:
         sizes = f"num_groups={self.num_groups}, sub_token_size={self.sub_token_size}"
         return f"{super().extra_repr()}, {sizes}, scale={self.scale}, init={self.init}"
+
+
+def _look_again(twin: VeloraTwin, _keys: Any) -> None:
+    """After a state dict was loaded: its direction, widened where it was assigned as half precision, is another one."""
+    twin._widen(twin._own_buffers())
+    twin._look()
 
 
 class _NoSecondDerivative(torch.autograd.Function):

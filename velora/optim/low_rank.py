@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from velora.config.roles import ROLES, Roles, resolve_roles
+from velora.config.roles import ROLES, roles_of
 from velora.errors import ConfigError
-from velora.nn.swap import find_modules, module_names, raise_problems
+from velora.nn.swap import find_modules, raise_problems
 from velora.optim.groups import weight_decay_groups
 
 
@@ -18,8 +18,6 @@ def low_rank_groups(
     layers: Sequence[str] | None,
     rank: float,
     weight_decay: float,
-    *,
-    roles: Roles | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: the weights of `layers`, with their rank and `options`, before the others.
@@ -27,9 +25,7 @@ def low_rank_groups(
     `layers` are roles or patterns of module names; None stands for every layer that plays a role. A `rank` below 1 is a
     fraction of each matrix's shorter side, rounded down. ConfigError names every layer that cannot have the rank.
     """
-    names = module_names(model)
-    declared = next((found for module in model.modules() if (found := getattr(module, "velora_roles", None))), None)
-    resolved = resolve_roles(names, roles, declared)
+    resolved = roles_of(model)
     entries = list(resolved) if layers is None else list(layers)
     unknown = [entry for entry in entries if entry in ROLES and entry not in resolved]
     if not entries or unknown:

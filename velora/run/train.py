@@ -26,8 +26,8 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallb
 from velora.config.parts import Phase, TaskData
 from velora.config.run import Config
 from velora.errors import Diverged, Interrupted, RunError
-from velora.memory.batches import training_loss
 from velora.memory.ledger import take_ledger
+from velora.memory.meter import training_loss
 from velora.run.arguments import training_arguments
 from velora.run.checkpoints import non_finite_tensors, step_of
 from velora.run.figures import Figures
@@ -110,7 +110,7 @@ def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: 
             return
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         with torch.enable_grad():
-            ledger = take_ledger(network, loss, config.model.roles)
+            ledger = take_ledger(network, loss)
         figures.note_forward(network, ledger.total_bytes)
         if run.writes:
             for sentence in config.activations.warnings(network, ledger, config):

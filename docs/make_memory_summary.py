@@ -1,4 +1,4 @@
-"""The records of velora-memory as one page: `python -m velora.memory.summary runs/memory` writes README.md there.
+"""The records of velora-memory as one page: `python docs/make_memory_summary.py runs/memory` writes README.md there.
 
 One table per folder, one row per record, beside what the paper prints.
 """
@@ -14,7 +14,7 @@ from typing import Any
 TERMS = ("weights", "gradients", "optimizer", "activations", "transient")
 NOTE = """# Memory, without the device
 
-Written by `python -m velora.memory.summary runs/memory` from the records beside it. Each record names the command that
+Written by `python docs/make_memory_summary.py runs/memory` from the records beside it. Each record names the command that
 made it, the versions and the commit; nothing here was run on a GPU. The peak is that of two training steps for a CUDA device,
 estimated with fake tensors; in it is what tensors take, not the CUDA context, the libraries' workspaces or fragmentation.
 GB are 10^9 bytes. How the paper's figures came about, and which of them can be reproduced, is in `docs/memory.md`.

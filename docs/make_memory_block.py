@@ -1,6 +1,6 @@
 """Where the memory of one LLaMA block goes, and which axis takes it away: the picture of docs/memory.md.
 
-    python -m velora.memory.block docs/memory_block.png [overrides]
+    python docs/make_memory_block.py docs/memory_block.png [overrides]
 
 A block's share is what a network of two blocks uses more than one of one block, term by term; so embedding, head and loss drop
 out, and nothing is assumed about what a block consists of. What is transient does not add up over blocks and is left out.
@@ -15,7 +15,8 @@ from pathlib import Path
 from velora.config.compose import compose
 from velora.config.run import Config
 from velora.memory.estimate import estimate, pretend
-from velora.memory.ledger import CODES, MASK, REGION, Entry, take_ledger
+from velora.memory.ledger import MASK, REGION, Entry, take_ledger
+from velora.nn.twin import CODES
 
 METHODS = ("full", "galore", "lora", "qlora", "velora", "velora_all", "qlora_velora", "checkpoint")
 SETTING = ("task=c4", "model=llama_7b", "task.max_length=512", "trainer.batch_size=16", "weights.dtype=bf16")
@@ -34,7 +35,7 @@ NAMED_TERMS = {CODES: "codes", MASK: "masks", REGION: "regions"}
 
 
 def main(argv: Sequence[str]) -> None:
-    from velora.memory.show import columns_table, draw_columns
+    from velora.memory.tables import columns_table, draw_columns
 
     path, *overrides = argv
     columns = {method: block_bytes([*SETTING, f"method={method}", *overrides]) for method in METHODS}

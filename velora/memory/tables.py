@@ -1,4 +1,7 @@
-"""Tables on the terminal and stacked bars, for ledgers and for peaks alike: columns are methods, parts are their terms."""
+"""Tables on the terminal and stacked bars, for ledgers and for peaks alike: columns are methods, parts are their terms.
+
+MiB are 2^20 bytes; GB and MB are powers of ten, as the paper's tables are read.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from velora.memory.figures import MemoryFigures
 from velora.memory.freed import Freed
 from velora.memory.ledger import Grouping, Ledger
-from velora.memory.timeline import TERMS
-from velora.memory.units import mebibytes
+from velora.memory.timeline import TERMS, MemoryFigures
 
 Columns = Mapping[str, Mapping[str, int]]
 """Method -> part (a term, a role, ...) -> bytes."""
+
+
+def mebibytes(num_bytes: int) -> str:
+    """One number in MiB for a column of a table: "1,234.5"."""
+    return f"{num_bytes / 2**20:,.1f}"
 
 
 def ledger_table(ledger: Ledger, by: Grouping, title: str = "") -> Any:
