@@ -26,6 +26,14 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+SLOW_FILES = ("test_run", "test_kills", "test_train", "test_memory_cli", "test_distributed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, so that no process is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
+
+
 class Cli:
     """Runs a console script in a folder of its own and keeps what it said."""
 

@@ -13,7 +13,8 @@ from text_helpers import composed
 from velora.config.run import differing_keys, validate
 from velora.errors import ConfigError
 from velora.run.checkpoints import write_manifest
-from velora.run.record import Run, git_state, versions
+from velora.run.environment import git_state, versions
+from velora.run.record import Run
 
 
 def config(folder: Path, **changes):

@@ -82,7 +82,7 @@ TRAINER = {
     "learning_rate": Arguments(0.5),
     "weight_decay": Network(0.5),
     "warmup_steps": Arguments(3, "trainer.warmup_ratio=0"),
-    "warmup_ratio": Arguments(0.5),
+    "warmup_ratio": Arguments(0.5, "trainer.warmup_steps=0"),
     "schedule": Arguments("constant", "trainer.min_lr_ratio=0"),
     "min_lr_ratio": Arguments(0.5),
     "max_grad_norm": Arguments(0.5),
@@ -115,7 +115,7 @@ SECTIONS = {
     "experiment.settings": Read("compose.py"),  # test_experiments
     "experiment.paper": Read("memory/explain.py"),  # test_paper, test_report
     "data.root": Read("data/glue.py"),  # test_task_glue, test_vtab, test_task_c4
-    "wandb.mode": Arguments("disabled"),
+    "wandb.mode": Read("run/tracker.py"),
     "wandb.project": Read("tracker.py"),
     "wandb.entity": Read("tracker.py"),
     "wandb.tags": Read("tracker.py"),
@@ -399,7 +399,7 @@ def _arguments(config: Config, folder: Path) -> dict[str, Any]:
     trainer = config.trainer
     arguments = training_arguments(config, folder, trainer.eval_every).to_dict()
     batches = StepBatches(
-        1000, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last,
+        1001, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last,
         seed=config.seed, rank=0, num_processes=1,
     )  # fmt: skip
     return {**arguments, "batches": list(batches)}

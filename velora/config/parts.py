@@ -1,13 +1,13 @@
 """What a value of a config group is.
 
 A run is composed from the groups `weights`, `adapter`, `optimizer`, `activations`, `model` and `task`. A value stands in two
-files: `conf/<group>/<value>.yaml` gives its settings, and `velora/<group>/<kind>.py`, named by the key `kind` in it, holds
-one class: the keys that it takes, what can be wrong with them, and what it does. Several YAML files may share a kind
-(`llama_60m` and `llama_7b` are both `kind: causal_lm`). A kind with a dot is an import path, so other people's values need no
-change here: `kind: my_package.my_adapter`.
+places: `conf/<group>/<value>.yaml` gives its settings, and a class in `velora/config/<group>.py`, found by its `kind`, has
+the keys that it takes, what can be wrong with them, and what it does. Several YAML files may share a kind
+(`llama_60m` and `llama_7b` are both `kind: causal_lm`). A kind with a dot is the import path of a module with one class, so other
+people's values need no change here: `kind: my_package.my_adapter`.
 
 These files import no torch at their top: a configuration is composed, checked and refused in under a second, and
-everything heavy is imported inside the methods. The torch code itself is in `velora/nn` and `velora/optim`.
+everything heavy is imported inside the methods. The torch code itself is in `velora/nn`, `optim`, `models` and `data`.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ def _labels(found: list[Explanation]) -> list[str]:
 
 
 def _save(explanation: Explanation, folder: Path, argv: list[str], storages: bool) -> None:
-    from velora.run.record import git_state, versions
+    from velora.run.environment import git_state, versions
 
     ledger = explanation.ledger
     record = {

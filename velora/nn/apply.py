@@ -180,14 +180,7 @@ def calibrate(model: nn.Module, batch: Any, *more: Any) -> None:
             f"calibrate: no sub-token reached a VeLoRA layer of {type(model).__name__}; give a batch that is not empty, with "
             "the adapters that hold these layers active and not merged"
         )
-    problems = []
-    directions = {}
-    for name, statistics in reached.items():
-        try:
-            directions[name] = layers[name].direction_from(statistics)
-        except ConfigError as error:
-            problems.append(f"{name}: {error}")
-    raise_problems(problems)
+    directions = _directions(layers, reached)
     for name, layer in layers.items():
         if name in directions:
             layer.set_direction(directions[name], reached[name].mean())
@@ -205,6 +198,18 @@ def _keep_plain(layers: dict[str, VeloraTwin]) -> None:
             "calibrate reaches them",
             stacklevel=4,
         )
+
+
+def _directions(layers: dict[str, VeloraTwin], reached: dict[str, SubTokenStatistics]) -> dict[str, Tensor]:
+    """A direction for each layer that was reached; one ConfigError names all whose input gives none."""
+    directions, problems = {}, []
+    for name, statistics in reached.items():
+        try:
+            directions[name] = layers[name].direction_from(statistics)
+        except ConfigError as error:
+            problems.append(f"{name}: {error}")
+    raise_problems(problems)
+    return directions
 
 
 @torch.no_grad()

@@ -17,12 +17,9 @@ import fcntl
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +28,7 @@ import yaml
 from velora.config.run import Config, differing_keys
 from velora.errors import ConfigError, RunError
 from velora.run import checkpoints
+from velora.run.environment import git_state, versions
 from velora.run.files import why, write_whole
 from velora.run.schema import (
     Memory,
@@ -44,8 +42,6 @@ from velora.run.schema import (
     read_result,
 )
 from velora.run.tracker import Tracker
-
-_PACKAGES = ("velora", "torch", "transformers", "datasets", "peft", "accelerate", "bitsandbytes", "timm", "hydra-core")
 
 
 class Run:
@@ -379,34 +375,6 @@ class Run:
     def _remove_checkpoints(self) -> None:
         for path in self._checkpoints():
             checkpoints.remove(path)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the checkout that this code runs from; nulls for an installed package. Records and figures do not count as
-    changes: a sweep would call its own second run dirty."""
-    folder = Path(__file__).parent.parent
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return {"commit": None, "dirty": None}
-    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../conf")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 def _plain(value: Any) -> Any:
