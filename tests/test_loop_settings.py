@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+import transformers
 from loop_helpers import LLAMA, ROBERTA, VIT, config_of, lines_of, steps_of, train
 
 from velora.run.order import StepBatches
@@ -77,3 +80,17 @@ def test_speed_counts_images(tmp_path):
     speed = train(config)["speed"]
     assert speed["images_per_second"] / speed["steps_per_second"] == pytest.approx(8)
     assert StepBatches(1000, 8, 8, drop_last=False, seed=0, rank=0, num_processes=1).steps_per_epoch == 125
+
+
+def test_neither_evaluations_nor_checkpoints_are_training_time(tmp_path, monkeypatch):
+    """Each takes half a second here, and the four steps a few hundredths."""
+    for name in ("evaluate", "_save_checkpoint"):
+        original = getattr(transformers.Trainer, name)
+
+        def slow(self, *args, original=original, **kwargs):
+            time.sleep(0.5)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(transformers.Trainer, name, slow)
+    config = config_of(tmp_path, *ROBERTA, "method=linear_probe", "trainer.eval_every=1", "trainer.save_every=2")
+    assert train(config)["speed"]["train_seconds"] < 0.5

@@ -171,47 +171,6 @@ def test_signal_ends_a_multirun(cli):
     assert not (cli.folder / "runs/sweep/8").exists()
 
 
-def test_required_resume_of_a_run_whose_second_phase_has_no_checkpoint_yet(cli):
-    """Interrupted in the first of two phases: the second one starts from its beginning, as it would have."""
-    vision = [
-        "task=digits", "model=vit_tiny", "trainer.num_epochs=2", "trainer.batch_size=100", "trainer.save_every=1",
-        "trainer.log_every=1", "method=full", "wandb.mode=disabled",
-    ]  # fmt: skip
-    process = subprocess.Popen(cli.command(*vision, "name=two"), cwd=cli.folder, stderr=subprocess.DEVNULL)
-    _wait_for_step(cli, "two", 4, process)
-    process.kill()
-    process.wait()
-    done = cli(*vision, "name=two", "resume=required")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert set(cli.record("two")["metrics"]) >= {"accuracy", "select"}
-
-
-def test_measuring_leaves_no_trace(cli):
-    """The forwards that only measure are no part of the running average, which accumulation would weight by them."""
-    common = [*TINY, "activations.init=running_average", "trainer.micro_batch_size=2", "trainer.max_steps=6"]
-    curves = []
-    for measured in ("true", "false"):
-        done = cli(*common, f"name=measured_{measured}", f"trainer.measure_memory={measured}")
-        assert done.returncode == 0, done.stderr[-3000:]
-        curves.append((cli.folder / f"runs/measured_{measured}" / "seed0/metrics.jsonl").read_text())
-    assert curves[0] == curves[1]
-
-
-def test_architecture_that_does_not_fit(cli):
-    done = cli(*TINY, "model.architecture.num_attention_heads=6")
-    assert done.returncode == 2
-    assert "model.architecture" in done.stderr
-    assert "attention heads (6)" in done.stderr
-
-
-def test_loss_that_is_not_finite(cli):
-    done = cli(*TINY, "name=bad", "trainer.learning_rate=1e30", "trainer.max_grad_norm=null", "method=full")
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert cli.record("bad")["status"] == "diverged"
-    assert "step" in cli.record("bad")["error"]
-
-
 def test_two_processes_are_one_on_the_joint_batch(cli):
     """torchrun, two gloo processes: losses and scores of one process on the joint batch (1e-5: sums in another order)."""
     torchrun = [*cli.command("--nproc-per-node", "2", program="torchrun"), cli.command()[0]]

@@ -536,3 +536,53 @@ def test_wrong_data_costs_no_earlier_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="nowhere"):
         train(again)
     assert (config.folder / "result.json").read_text() == before
+
+
+def test_required_resume_of_a_run_whose_second_phase_has_no_checkpoint_yet(monkeypatch, tmp_path):
+    """Killed in the first of two phases: the second one starts from its beginning, as it would have."""
+    overrides = [*TWO_PHASES, "trainer.save_every=1"]
+    whole, broken = (config_of(tmp_path / name, *overrides) for name in ("whole", "broken"))
+    train(whole)
+    kill_when(monkeypatch, "training_step", lambda trainer: trainer.state.global_step == 4)
+    with pytest.raises(Killed):
+        train(broken)
+    train(config_of(tmp_path / "broken", *overrides, "resume=required"))
+    assert lines_of(broken) == lines_of(whole)
+
+
+def test_measuring_leaves_no_trace(tmp_path):
+    """The forwards that only measure are no part of the running average, which accumulation would weight by them."""
+    common = [*LLAMA, "method=velora", "activations.init=running_average", "trainer.micro_batch_size=2"]
+    curves = []
+    for measured in ("true", "false"):
+        config = config_of(tmp_path / measured, *common, f"trainer.measure_memory={measured}")
+        train(config)
+        curves.append(lines_of(config))
+    assert curves[0] == curves[1]
+
+
+def test_architecture_that_does_not_fit(tmp_path):
+    with pytest.raises(ConfigError, match=r"model.architecture.*attention heads \(6\)"):
+        train(
+            config_of(
+                tmp_path,
+                *[o for o in LLAMA if "num_attention_heads" not in o],
+                "model.architecture.num_attention_heads=6",
+            )
+        )
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    config = config_of(
+        tmp_path,
+        *LLAMA,
+        "method=full",
+        "trainer.learning_rate=1e30",
+        "trainer.max_grad_norm=null",
+        "trainer.max_steps=16",
+    )
+    with pytest.raises(Diverged, match=r"at step \d+; a lower trainer.learning_rate"):
+        train(config)
+    record = json.loads((config.folder / "result.json").read_text())
+    assert record["status"] == "diverged"
+    assert "step" in record["error"]
