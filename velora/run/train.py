@@ -62,8 +62,8 @@ def train_phase(
     trainer = PhaseTrainer(config, data, phase, figures, seal, model=network, args=arguments)
     stop, bar = StopRequest(), _Bar()
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(bar)
     trainer.add_callback(Watch(config, run, phase, trainer, stop, stop_after_epoch))
+    trainer.add_callback(bar)  # after it: a note of the start stands above the bar
 
     checkpoint = run.last_checkpoint(phase_folder)
     run.rewind_metrics(phase.name, (step_of(checkpoint) or 0) if checkpoint else 0)
@@ -270,8 +270,8 @@ class Watch(TrainerCallback):
         warmup = args.get_warmup_steps(state.max_steps)
         if self.run.writes and warmup >= state.max_steps:
             print(
-                f"note: the warm-up of {warmup} steps is as long as the run of {state.max_steps}: the learning rate never "
-                "reaches trainer.learning_rate"
+                f"note: the warm-up ({warmup} steps) is not shorter than the run ({state.max_steps} steps): the learning rate "
+                "never reaches trainer.learning_rate"
             )
         self.figures.start(state.max_steps - state.global_step)
 
