@@ -68,7 +68,7 @@ def _row(record: dict[str, Any], with_model: bool) -> list[str]:
     quantised = record["config"]["weights"].get("quant_type")
     precision += f" and {quantised}" if quantised else ""
     cells = [f"{figure / 1e9:.2f}" for figure in figures]
-    return [label, str(trainer["batch_size"]), precision, *cells, "" if printed is None else f"{printed}"]
+    return [label, str(record["batch_size"]), precision, *cells, "" if printed is None else f"{printed}"]
 
 
 if __name__ == "__main__":
