@@ -50,11 +50,12 @@ def test_summary_lists_every_record_beside_the_papers_figure(tmp_path: Path) -> 
         | {"batch": 0, "transient": 0},
         "saved_for_backward_bytes": 2_000_000_000,
     }
-    config = {"trainer": {"batch_size": 8, "precision": "bf16"}, "weights": {"dtype": "bf16", "quant_type": "nf4"}}
+    config = {"trainer": {"batch_size": 64, "precision": "bf16"}, "weights": {"dtype": "bf16", "quant_type": "nf4"}}
     record = {
         "name": "a",
         "method": "qlora",
         "model": "m",
+        "batch_size": 8,  # of one forward
         "estimate": estimate,
         "paper": {"memory_gb": 2.5},
         "config": config,
@@ -77,7 +78,9 @@ def test_summary_names_the_model_where_a_table_has_several(tmp_path: Path) -> No
                 "trainer": {"batch_size": 1, "precision": "fp32"}, "weights": {"dtype": "fp32"},
                 "experiment": {"name": f"table/{row}"},
             }  # fmt: skip
-            record = {"name": row, "method": row, "model": model, "estimate": estimate, "paper": {}, "config": config}
+            record = {
+                "name": row, "method": row, "model": model, "batch_size": 1, "estimate": estimate, "paper": {}, "config": config,
+            }  # fmt: skip
             file = tmp_path / "table" / f"{row}_{model}.json"
             file.parent.mkdir(exist_ok=True)
             file.write_text(json.dumps({**record, "command": command}))
