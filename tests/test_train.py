@@ -154,6 +154,13 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path, capsys):
     assert "the warm-up (40 steps) is not shorter than the run (4 steps):" in capsys.readouterr().out
 
 
+def test_an_interval_that_a_protocol_does_not_use_is_said(tmp_path, capsys):
+    common = [*VIT, "method=linear_probe", "trainer.max_steps=1"]
+    for interval, said in (("2", True), ("end", False)):
+        train(config_of(tmp_path / interval, *common, f"trainer.eval_every={interval}"))
+        assert (f"trainer.eval_every={interval} is not used with this protocol" in capsys.readouterr().out) == said
+
+
 def test_drop_last(tmp_path):
     """1000 images in batches of 64: 15 steps an epoch with it, 16 without."""
     counts = []

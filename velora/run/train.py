@@ -31,6 +31,7 @@ from velora.memory.meter import training_loss
 from velora.run.arguments import training_arguments
 from velora.run.checkpoints import non_finite_tensors, step_of
 from velora.run.figures import Figures
+from velora.run.notes import note
 from velora.run.order import TrainingData
 from velora.run.record import Run
 from velora.run.signals import StopRequest
@@ -56,6 +57,11 @@ def train_phase(
     phase_folder = phase.name if len(data.phases) > 1 else ""
     folder = run.folder / phase_folder
     arguments = training_arguments(config, folder, "end" if phase.only_at_end else config.trainer.eval_every)
+    if phase.only_at_end and len(data.phases) == 1 and config.trainer.eval_every != "end":
+        note(
+            f"trainer.eval_every={config.trainer.eval_every} is not used with this protocol: its scores must not choose an epoch, "
+            "so they are taken once, at the end"
+        )
     figures = Figures(arguments.device, data.unit)
     seal = partial(run.seal, phase=phase_folder)
     outcome.figures, outcome.device = figures, _device_name(arguments.device)
@@ -268,9 +274,9 @@ class Watch(TrainerCallback):
         if state.global_step >= state.max_steps or self._is_past_stop(state):
             raise _NothingLeft
         warmup = args.get_warmup_steps(state.max_steps)
-        if self.run.writes and warmup >= state.max_steps:
-            print(
-                f"note: the warm-up ({warmup} steps) is not shorter than the run ({state.max_steps} steps): the learning rate "
+        if warmup >= state.max_steps:
+            note(
+                f"the warm-up ({warmup} steps) is not shorter than the run ({state.max_steps} steps): the learning rate "
                 "never reaches trainer.learning_rate"
             )
         self.figures.start(state.max_steps - state.global_step)
