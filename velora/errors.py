@@ -15,6 +15,11 @@ def original_text(text: object) -> str:
     return found[2].rstrip("\n") if found else str(text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(ValueError):
     """The configuration or the data is wrong. The text names the key, its value and the remedy; exit status 2."""
 

@@ -59,6 +59,30 @@ class LowRankOptimizer(Optimizer):
 
         return low_rank_groups(model, self.layers, self.rank, config.trainer.weight_decay, **options)
 
+    def common_options(self, config: Config) -> dict[str, Any]:
+        """What every optimiser that can update inside the backward pass is told."""
+        return {
+            "lr": config.trainer.learning_rate,
+            "layerwise": self.layerwise,
+            "accumulation_steps": config.trainer.accumulation_steps if self.layerwise else 1,
+            "seed": config.seed,
+        }
+
+
+class AdafactorSettings(Optimizer):
+    """The keys of Adafactor, which FLoRA is built on."""
+
+    beta1: Annotated[float, Field(gt=0, lt=1)] | None
+    eps: tuple[PositiveFloat, PositiveFloat]
+    clip_threshold: PositiveFloat
+    decay_rate: NegativeFloat
+    scale_parameter: bool
+
+    def adafactor_options(self) -> dict[str, Any]:
+        return {
+            name: getattr(self, name) for name in AdafactorSettings.model_fields.keys() - Optimizer.model_fields.keys()
+        }
+
 
 class AdamW(Optimizer):
     kind: Literal["adamw"]
@@ -101,15 +125,10 @@ class AdamW8bit(Optimizer):
         )
 
 
-class Adafactor(Optimizer):
+class Adafactor(AdafactorSettings):
     """The learning rate and its schedule are the trainer's: Adafactor's own (`relative_step`) is off."""
 
     kind: Literal["adafactor"]
-    beta1: Annotated[float, Field(gt=0, lt=1)] | None
-    eps: tuple[PositiveFloat, PositiveFloat]
-    clip_threshold: PositiveFloat
-    decay_rate: NegativeFloat
-    scale_parameter: bool
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         from velora.optim.adafactor import Adafactor as TorchAdafactor
@@ -118,13 +137,9 @@ class Adafactor(Optimizer):
         return TorchAdafactor(
             weight_decay_groups(model, config.trainer.weight_decay),
             lr=config.trainer.learning_rate,
-            beta1=self.beta1,
-            eps=self.eps,
-            clip_threshold=self.clip_threshold,
-            decay_rate=self.decay_rate,
-            scale_parameter=self.scale_parameter,
             relative_step=False,
             warmup_init=False,
+            **self.adafactor_options(),
         )
 
 
@@ -144,25 +159,17 @@ class GaLore(LowRankOptimizer):
         options = {name: getattr(self, name) for name in ("update_proj_gap", "scale", "proj_type", "svd")}
         return GaLoreAdamW(
             self.groups(model, config, **options),
-            lr=config.trainer.learning_rate,
             betas=self.betas,
             eps=self.eps,
             bits=self.bits,
-            layerwise=self.layerwise,
-            accumulation_steps=config.trainer.accumulation_steps if self.layerwise else 1,
-            seed=config.seed,
+            **self.common_options(config),
         )
 
 
-class FLoRA(LowRankOptimizer):
+class FLoRA(LowRankOptimizer, AdafactorSettings):
     kind: Literal["flora"]
     kappa: PositiveInt
-    beta1: Annotated[float, Field(gt=0, lt=1)] | None
     sketched: Literal["past", "all"]
-    eps: tuple[PositiveFloat, PositiveFloat]
-    clip_threshold: PositiveFloat
-    decay_rate: NegativeFloat
-    scale_parameter: bool
 
     def problems(self, config: Config) -> Iterator[str]:
         yield from super().problems(config)
@@ -183,17 +190,10 @@ class FLoRA(LowRankOptimizer):
 
         return Flora(
             self.groups(model, config),
-            lr=config.trainer.learning_rate,
-            beta1=self.beta1,
-            eps=self.eps,
-            clip_threshold=self.clip_threshold,
-            decay_rate=self.decay_rate,
-            scale_parameter=self.scale_parameter,
             kappa=self.kappa,
             sketched=self.sketched,
-            layerwise=self.layerwise,
-            accumulation_steps=config.trainer.accumulation_steps if self.layerwise else 1,
-            seed=config.seed,
+            **self.adafactor_options(),
+            **self.common_options(config),
         )
 
 

@@ -28,7 +28,6 @@ from velora.models.build import build_network
 from velora.run.device import training_device
 
 CUDA_BLOCK_BYTES = 512  # the caching allocator's smallest step
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Meter:
@@ -108,9 +107,14 @@ def synthetic_batch(
     return batch
 
 
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """What trainer.precision lets autocast compute in; None for fp32, without autocast."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.trainer.precision)
+
+
 def training_loss(network: nn.Module, batch: dict[str, Tensor], config: Config) -> Callable[[], Tensor]:
     """One forward in trainer.precision; the outputs are brought to float32 outside autocast, as accelerate does it."""
-    dtype = _AUTOCAST.get(config.trainer.precision)
+    dtype = autocast_dtype(config)
 
     def forward() -> Tensor:
         if dtype is None:

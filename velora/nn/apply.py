@@ -170,7 +170,7 @@ def calibrate(model: nn.Module, batch: Any, *more: Any) -> None:
         )
     gathered = {name: layer.new_statistics() for name, layer in layers.items() if layer.needs_statistics()}
     if gathered:
-        with _observing(layers, gathered), _without_a_trace(model), torch.compiler.set_stance("force_eager"):
+        with _observing(layers, gathered), without_a_trace(model), torch.compiler.set_stance("force_eager"):
             for each in (batch, *more):
                 _forward(model, each)
         _sum_over_ranks([statistics.flat for statistics in gathered.values()])
@@ -368,7 +368,7 @@ def _observing(layers: dict[str, VeloraTwin], gathered: dict[str, SubTokenStatis
 
 
 @contextmanager
-def _without_a_trace(model: nn.Module) -> Iterator[None]:
+def without_a_trace(model: nn.Module) -> Iterator[None]:
     """Restore random states and buffers (batch norm's, in training mode) at the end."""
     devices = {p.device for p in model.parameters() if p.device.type in ("cuda", "xpu")}
     kind = next(iter(devices)).type if devices else "cuda"

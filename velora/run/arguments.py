@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from velora.config.processes import num_processes
 from velora.config.run import Config, TrainerConfig
 from velora.run.device import training_device
+from velora.run.notes import note
 
 
 def training_arguments(config: Config, folder: Path, eval_every: int | float | str) -> TrainingArguments:
@@ -54,8 +55,8 @@ def training_arguments(config: Config, folder: Path, eval_every: int | float | s
 def use_one_device(arguments: Any) -> None:
     """One process trains on one device. With several in sight Trainer would take DataParallel and multiply the batch."""
     if arguments.n_gpu > 1:
-        print(
-            f"note: {arguments.n_gpu} GPUs are visible and one is used; torchrun --nproc_per_node {arguments.n_gpu} uses all, "
+        note(
+            f"{arguments.n_gpu} GPUs are visible and one is used; torchrun --nproc_per_node {arguments.n_gpu} uses all, "
             "with the same trainer.batch_size"
         )
         arguments._n_gpu = 1

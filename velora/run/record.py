@@ -30,6 +30,7 @@ from velora.errors import ConfigError, RunError
 from velora.run import checkpoints
 from velora.run.environment import git_state, versions
 from velora.run.files import why, write_whole
+from velora.run.notes import note
 from velora.run.schema import (
     Memory,
     MetricsLine,
@@ -360,7 +361,7 @@ class Run:
                 "wait for it or give another name="
             ) from None
         except OSError as error:
-            print(f"note: {self.folder} cannot be locked ({why(error)}); do not start the same run twice")
+            note(f"{self.folder} cannot be locked ({why(error)}); do not start the same run twice")
 
     def _empty(self) -> None:
         """Everything but config.yaml, which says that the folder is ours until the new one takes its place."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from velora.config.run import Config
+from velora.errors import first_line
+from velora.run.notes import note
 
 INIT_SECONDS = 30.0
 
@@ -27,7 +29,7 @@ class Tracker:
         if mode == "disabled":
             return
         if mode == "online" and not _has_key():
-            print("note: wandb.mode=online: there is no API key (run `wandb login` once); logging offline")
+            note("wandb.mode=online: there is no API key (run `wandb login` once); logging offline")
             mode = "offline"
         if not self._try(lambda: self._open(config, folder, mode), give_up=mode == "offline"):
             self._try(lambda: self._open(config, folder, "offline"))
@@ -64,9 +66,8 @@ class Tracker:
             action()
             return True
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             what = "the run goes on without it" if give_up else "logging offline"
-            print(f"note: wandb: {reason}; {what}")
+            note(f"wandb: {first_line(error)}; {what}")
             self._run = None
             return False
 

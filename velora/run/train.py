@@ -25,9 +25,10 @@ from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerCallb
 
 from velora.config.parts import Phase, TaskData
 from velora.config.run import Config
-from velora.errors import Diverged, Interrupted, RunError
+from velora.errors import Diverged, Interrupted, RunError, first_line
 from velora.memory.ledger import take_ledger
-from velora.memory.meter import training_loss
+from velora.memory.meter import autocast_dtype, training_loss
+from velora.nn.apply import without_a_trace
 from velora.run.arguments import training_arguments
 from velora.run.checkpoints import non_finite_tensors, step_of
 from velora.run.figures import Figures
@@ -74,7 +75,7 @@ def train_phase(
     checkpoint = run.last_checkpoint(phase_folder)
     run.rewind_metrics(phase.name, (step_of(checkpoint) or 0) if checkpoint else 0)
     if checkpoint is None:
-        prepare(network, trainer.first_batch(), config, figures, run)
+        prepare(network, trainer.order.first_batch(), config, figures)
     else:
         if broken := non_finite_tensors(checkpoint):
             raise Diverged(
@@ -99,7 +100,7 @@ def train_phase(
 
 
 @torch.no_grad()
-def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: Figures, run: Run) -> None:
+def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: Figures) -> None:
     """Before the first step: calibrate the activations axis on the first batch, and count what autograd keeps of it.
 
     Leaves no trace in random numbers or buffers.
@@ -109,21 +110,17 @@ def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: 
     network.train()
     loss = training_loss(network, batch, config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.trainer.precision)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        dtype = autocast_dtype(config)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
             config.activations.calibrate(network, batch)
-        if not config.trainer.measure_memory:
-            return
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        with torch.enable_grad():
-            ledger = take_ledger(network, loss)
-        figures.note_forward(network, ledger.total_bytes)
-        if run.writes:
-            for sentence in config.activations.warnings(network, ledger, config):
-                print(f"note: {sentence}")
-        for name, buffer in network.named_buffers():
-            buffer.copy_(buffers[name])
-        config.activations.forget(network)
+    if not config.trainer.measure_memory:
+        return
+    with without_a_trace(network), torch.enable_grad():
+        ledger = take_ledger(network, loss)
+    config.activations.forget(network)
+    figures.note_forward(network, ledger.total_bytes)
+    for sentence in config.activations.warnings(network, ledger, config):
+        note(sentence)
 
 
 class PhaseTrainer(Trainer):
@@ -162,9 +159,6 @@ class PhaseTrainer(Trainer):
         """`train`, which would train one step too many where the checkpoint is that of the last step."""
         with contextlib.suppress(_NothingLeft):
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    def first_batch(self) -> dict[str, Any]:
-        return self.order.first_batch()
 
     def sum_over_processes(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="sum")
@@ -233,7 +227,7 @@ class PhaseTrainer(Trainer):
                     raise
                 shutil.rmtree(folder, ignore_errors=True)
                 raise RunError(
-                    f"{folder} cannot be written ({_first_line(error)}); make room or give another runs_dir=, then the same "
+                    f"{folder} cannot be written ({first_line(error)}); make room or give another runs_dir=, then the same "
                     "command continues from the checkpoint before it"
                 ) from error
 
@@ -317,9 +311,7 @@ class Watch(TrainerCallback):
         values = {k: v for k, v in logs.items() if k != "epoch" and not k.endswith(_NOISE)}
         self.run.log({"phase": self.phase.name, "step": state.global_step, "epoch": state.epoch, **values})
         if _was_skipped(kwargs.get("optimizer")):
-            values.pop(
-                "grad_norm", None
-            )  # infinite, which is why the scaler skipped the step; the weights are as before
+            values.pop("grad_norm", None)  # infinite, which is why the step was skipped; the weights are as before
         check_finite(values, state.global_step)
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -386,7 +378,3 @@ def _is_about_files(error: Exception) -> bool:
     return isinstance(error, OSError) or any(
         sign in str(error) for sign in ("PytorchStreamWriter", "I/O error", "No space left", "IoError", "file write")
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
