@@ -21,14 +21,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from velora.nn.linear_loss import linear_cross_entropy
 
-LEAN_CLASSES = frozenset(
-    "ApertusForCausalLM Exaone4ForCausalLM GemmaForCausalLM GlmForCausalLM HeliumForCausalLM LlamaForCausalLM "
-    "MinistralForCausalLM MistralForCausalLM Olmo2ForCausalLM Olmo3ForCausalLM OlmoForCausalLM Phi3ForCausalLM PhiForCausalLM "
-    "Qwen2ForCausalLM Qwen3ForCausalLM SeedOssForCausalLM SmolLM3ForCausalLM Starcoder2ForCausalLM".split()
-)
+_FAMILIES = (
+    "Apertus", "Exaone4", "Gemma", "Glm", "Helium", "Llama", "Ministral", "Mistral", "Olmo",
+    "Olmo2", "Olmo3", "Phi", "Phi3", "Qwen2", "Qwen3", "SeedOss", "SmolLM3", "Starcoder2",
+)  # fmt: skip
+LEAN_CLASSES = frozenset(f"{family}ForCausalLM" for family in _FAMILIES)
 """Classes of transformers whose forward is LLaMA's: self.model, then self.lm_head, then self.loss_function, nothing between."""
 
 
@@ -43,13 +44,14 @@ class LeanCausalLM:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by the plain class, for the twin's own class stands in no module."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _empty_twin, (self.plain_causal_lm,), *state
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        return _empty_twin, (self.plain_causal_lm,), *reduced[2:]
 
 
 def make_lean_causal_lm(module: nn.Module) -> bool:
     """Make a causal language model its twin, in place; False, and nothing done, where it is none of LEAN_CLASSES."""
-    cls = type(module)
+    cls: Any = type(module)
     if cls.__name__ not in LEAN_CLASSES or not cls.__module__.startswith("transformers.models."):
         return False
     if not isinstance(module, LeanCausalLM):
@@ -66,7 +68,7 @@ def make_plain_causal_lm(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _twin_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _twin_class(plain: Any) -> Any:
     """The twin's class. Its name is the plain one's: transformers derives the loss and `architectures` from it."""
     signature = inspect.signature(plain.forward)
     _, *names = (name for name, parameter in signature.parameters.items() if parameter.kind is _BY_POSITION_OR_NAME)
@@ -84,7 +86,7 @@ def _twin_class(plain: type[nn.Module]) -> type[nn.Module]:
     return type(plain.__name__, (LeanCausalLM, plain), {"forward": forward, "plain_causal_lm": plain, **named})
 
 
-def _empty_twin(plain: type[nn.Module]) -> nn.Module:
+def _empty_twin(plain: Any) -> Any:
     twin = _twin_class(plain)
     return twin.__new__(twin)
 
@@ -120,7 +122,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
     made_from = vars(type(head)).get("_plain_class", type(head))  # as the lean twin of a linear layer says it
     return (
         made_from is nn.Linear
-        and type(head.weight) in (nn.Parameter, Tensor)
+        and not is_traceable_wrapper_subclass(head.weight)  # sharded, quantised
         and "forward" not in vars(head)
         and not any(_hooks(head))
     )

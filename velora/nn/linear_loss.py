@@ -16,10 +16,11 @@ Backward scales in place, unless the graph is to be used again.
 
 Logits, losses and the sums in dW are float32 at least; products are in the dtype of their factors, as autocast wants them.
 
-torch >= 2.13 has an F.linear_cross_entropy of its own. It is not used: with the size of chunk that it chooses for 32,000 words it
-took 2.4 times as long as the plain loss (two CPU threads, N = 1024, D = 512), and with one that is given to it 0.83 of it, as
-this one does; it cannot be used twice without a copy of all gradients, knows no autocast, and its operators are out of sight
-of this package's memory figures.
+torch >= 2.13 has an F.linear_cross_entropy of its own. It is not used. With D = 512, V = 32,000, N = 1024 and float32 (CPU time of
+forward and backward on one thread, medians of three, relative to the plain loss) it takes 1.50 with the size of chunk that it
+chooses, and with chunks of 256 and 512 tokens 0.90 and 0.87; this one takes 0.89 and 0.87. Both keep the same 66.5 MiB, the plain
+loss 127. But it cannot be used twice without a copy of all gradients, knows no autocast, and what it allocates is out of
+sight of this package's memory figures.
 
     N  tokens      n  tokens in a chunk      D  features of a token      V  words
 """
@@ -107,7 +108,9 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         used_up = not torch._C._autograd._get_current_graph_task_keep_graph()
-        factor = grad_outputs[0].detach().view(1)  # one axis: a number without would be rounded to the half of the other factor
+        factor = (
+            grad_outputs[0].detach().view(1)
+        )  # one axis: a number without would be rounded to the half of the other factor
         scaled: list[Tensor | None] = []
         for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if kept is None:
@@ -126,7 +129,9 @@ class _NoSecondDerivative(torch.autograd.Function):
         """Gradients as they leave backward; with create_graph=True they are tied to this node."""
         if not torch.is_grad_enabled():
             return gradients
-        return [None if g is None else _NoSecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients]
+        return [
+            None if g is None else _NoSecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
+        ]
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, _tie: Tensor) -> Tensor:
