@@ -352,7 +352,7 @@ def test_copies_and_pickles():
 
 
 def test_what_is_kept_for_backward_in_a_llama():
-    """Query, key and value read one tensor: it goes when all three are compressed, and value alone only adds codes."""
+    """Query, key and value read one tensor: it goes when all three are compressed, which share one code; value alone adds codes."""
     tokens, hidden, inner, groups = 2 * 8, 32, 48, 4
 
     def kept(layers: list[str]) -> int:
@@ -366,7 +366,7 @@ def test_what_is_kept_for_backward_in_a_llama():
 
     codes, blocks, exact = tokens * groups * 4, 2, kept([])
     assert kept(["value"]) - exact == blocks * codes
-    assert kept(["query", "key", "value"]) - exact == blocks * (3 * codes - tokens * hidden * 4)
+    assert kept(["query", "key", "value"]) - exact == blocks * (codes - tokens * hidden * 4)
     assert kept(["down"]) - exact == blocks * (codes - tokens * inner * 4)
 
 

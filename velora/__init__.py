@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from velora.config.compose import compose
     from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
     from velora.nn.apply import apply_velora, calibrate, remove_velora, update_directions
+    from velora.nn.lean import apply_lean, remove_lean
     from velora.nn.linear import VeloraLinear
+    from velora.nn.linear_loss import linear_cross_entropy
     from velora.nn.scale_shift import VeloraScaleShift
     from velora.run.run import train
 
@@ -23,6 +25,9 @@ _HOME = {
     "calibrate": "velora.nn.apply",
     "remove_velora": "velora.nn.apply",
     "update_directions": "velora.nn.apply",
+    "apply_lean": "velora.nn.lean",
+    "remove_lean": "velora.nn.lean",
+    "linear_cross_entropy": "velora.nn.linear_loss",
     "VeloraLinear": "velora.nn.linear",
     "VeloraScaleShift": "velora.nn.scale_shift",
     "load_adapter": "velora.nn.adapter_state",
@@ -34,11 +39,14 @@ __all__ = [
     "VeloraLinear",
     "VeloraScaleShift",
     "__version__",
+    "apply_lean",
     "apply_velora",
     "calibrate",
     "compose",
+    "linear_cross_entropy",
     "load_adapter",
     "merge_adapter",
+    "remove_lean",
     "remove_velora",
     "save_adapter",
     "train",

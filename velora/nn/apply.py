@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from velora.config.roles import ROLES, Roles, matches, role_of, roles_of
 from velora.errors import ConfigError
+from velora.nn.lean_layers import plain_class_of
 from velora.nn.projection import INITS, SubTokenStatistics, split_width
 from velora.nn.swap import TWINS, expand_container, find_modules, module_names, plain_name, raise_problems
 from velora.nn.twin import VeloraTwin
@@ -301,6 +302,8 @@ def _variant_problems(name: str, module: nn.Module) -> Iterator[str]:
 def _twin_problems(name: str, module: nn.Module) -> Iterator[str]:
     if isinstance(module, VeloraTwin):
         yield f"{name}: it is a VeLoRA layer already; call remove_velora(model) first"
+    elif plain_class_of(module) in TWINS and plain_class_of(module) is not type(module):
+        yield f"{name}: it is a lean layer; call apply_velora before apply_lean, or remove_lean(model) first"
     elif type(module) not in TWINS:
         known = ", ".join(sorted(plain.__name__ for plain in TWINS))
         yield f"{name}: {type(module).__name__} has no VeLoRA twin (exactly {known} have one)"

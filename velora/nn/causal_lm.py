@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from velora.nn.lean_layers import plain_class_of
 from velora.nn.linear_loss import linear_cross_entropy
 
 _FAMILIES = (
@@ -119,9 +120,8 @@ def _needs_only_the_loss(model: Any, given: dict[str, Any]) -> bool:
 
 def _is_plain_linear(head: nn.Module) -> bool:
     """Whether all that a layer does is x Wᵀ + b."""
-    made_from = vars(type(head)).get("_plain_class", type(head))  # as the lean twin of a linear layer says it
     return (
-        made_from is nn.Linear
+        plain_class_of(head) is nn.Linear
         and not is_traceable_wrapper_subclass(head.weight)  # sharded, quantised
         and "forward" not in vars(head)
         and not any(_hooks(head))

@@ -85,15 +85,17 @@ def remove_lean(model: nn.Module) -> None:
 
 def _twin_of(module: nn.Module, mlp: bool) -> tuple[str, type] | None:
     """What a plain module is, in words, and the class of its twin; None for what has none."""
-    cls = type(module)
+    cls: Any = type(module)
     if cls is nn.Linear:
         return "linear layers", _twin(LeanLinear, cls)
     if cls is nn.Dropout:
         return "dropouts", _twin(LeanDropout, cls)
-    if mixin := _norm_mixin(module):
-        return "norms", _twin(mixin, cls)
-    if mixin := _mlp_mixin(module, mlp):
-        return "MLPs", _twin(mixin, cls)
+    norm: Any = _norm_mixin(module)
+    if norm is not None:
+        return "norms", _twin(norm, cls)
+    parts: Any = _mlp_mixin(module, mlp)
+    if parts is not None:
+        return "MLPs", _twin(parts, cls)
     if cls is plain_class_of(module) and activation_of(module) is not None:
         return "activations", _twin(LeanActivation, cls)
     return None

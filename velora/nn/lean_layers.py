@@ -13,18 +13,17 @@ Each is a twin: a subclass of a plain module with the same parameters, state dic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from velora.nn.first_order import first_order
 from velora.nn.recipe import (
     Making,
-    autocast_dtype,
     leave_recipe,
     random_state,
     random_state_of,
@@ -32,6 +31,7 @@ from velora.nn.recipe import (
     sources_of,
 )
 
+NO_SECOND_DERIVATIVE = "a lean layer has no second derivative: call velora.remove_lean(model) where one is needed"
 PLAIN_CLASS = "_plain_class"  # attribute of a twin's class: what it was made from
 _CHUNK_NUMBERS = 2**16  # on the CPU: what is worked on at a time stays in a core's cache
 
@@ -69,9 +69,7 @@ class LeanLinear(nn.Linear):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, making: Making, *sources: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, making: Making, *sources: Tensor) -> Tensor:
         making.expect_reader()
         ctx.making, ctx.dtype = making, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -79,7 +77,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         weight, *sources = ctx.saved_tensors
         dx = dw = db = None
@@ -142,7 +140,7 @@ class _RMSNorm(torch.autograd.Function):
         return _rms_norm(x, rstd, weight), rstd
 
     @staticmethod
-    @once_differentiable
+    @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor | None, _rstd: None) -> Any:
         x, rstd, weight = ctx.saved_tensors
         if grad_output is None:
@@ -212,10 +210,13 @@ class LeanDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return input
-        if self.inplace or self.p == 1.0 or not input.is_contiguous() or not wants_gradient(input):
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if self.inplace or self.p == 1.0 or not input.is_contiguous() or not recorded:
             return F.dropout(input, self.p, True, self.inplace)
         state = random_state(input.device)
-        y = _Dropout.apply(input, self.p, state)
+        y = _Dropout.apply(
+            input, self.p, state
+        )  # has no graph where the input has none; a reader may want its recipe all the same
         making, sources = sources_of(input)
         leave_recipe(y, Making(partial(_drop, self.p), making, len(sources)), *sources, state)
         return y
@@ -234,7 +235,7 @@ class _Dropout(torch.autograd.Function):
         return F.dropout(x, p, True)
 
     @staticmethod
-    @once_differentiable
+    @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         (state,) = ctx.saved_tensors
         return _drop(ctx.p, grad_output, state), None, None

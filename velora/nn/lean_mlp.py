@@ -1,10 +1,10 @@
 """The MLP of a block with less kept: its activation keeps what it reads, and the layer after it a recipe.
 
-    gated       h = act(x W_gᵀ) ∘ (x W_uᵀ)     plain: x, gate, act(gate), up and h      here: gate and up
-    plain       h = act(x W_1ᵀ)                x, a and h                               a
-    again       either, with the products before the activation computed once more in backward: nothing but x's recipe is kept
+gated       h = act(x W_gᵀ) ∘ (x W_uᵀ)     plain: x, gate, act(gate), up and h      here: gate and up
+plain       h = act(x W_1ᵀ)                x, a and h                               a
+again       either, with the products before the activation computed once more in backward: nothing but x's recipe is kept
 
-    N  tokens (all leading dimensions together)      F  features between the two layers
+N  tokens (all leading dimensions together)      F  features between the two layers
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from velora.nn.lean_layers import in_rows, plain_class_of
+from velora.nn.first_order import first_order
+from velora.nn.lean_layers import NO_SECOND_DERIVATIVE, in_rows, plain_class_of
 from velora.nn.recipe import (
     Making,
     autocast_as,
@@ -58,7 +58,11 @@ def activation_of(module: nn.Module) -> Activation | None:
         return GELU_TANH if module.approximate == "tanh" else GELU  # type: ignore[union-attr]
     if cls is activations.GELUActivation:
         return GELU if module.act is F.gelu else None  # type: ignore[union-attr]
-    known = {timm_activations.GELU: GELU, timm_activations.GELUTanh: GELU_TANH, getattr(activations, "GELUTanh", None): GELU_TANH}  # fmt: skip
+    known = {
+        timm_activations.GELU: GELU,
+        timm_activations.GELUTanh: GELU_TANH,
+        getattr(activations, "GELUTanh", None): GELU_TANH,
+    }
     return known.get(cls)
 
 
@@ -96,9 +100,7 @@ def _activated(activation: Activation, layers: Sequence[nn.Module], x: Tensor, a
     return h
 
 
-def _computed_again(
-    layers: Sequence[nn.Module], x: Tensor
-) -> tuple[Making, tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _computed_again(layers: Sequence[nn.Module], x: Tensor) -> tuple[Making, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What makes the layers' outputs again, from which sources, and the outputs themselves."""
     making, sources = sources_of(x)
     draws = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for layer in layers for m in layer.modules())
@@ -126,9 +128,7 @@ class _Activated(torch.autograd.Function):
     """h = act(a) or act(a) ∘ up. Keeps a and up, or the sources from which `making` makes them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, activation: Activation, making: Making | None, num: int, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, activation: Activation, making: Making | None, num: int, *tensors: Tensor) -> Tensor:
         before, sources = tensors[:num], tensors[num:]
         ctx.activation, ctx.making, ctx.num = activation, making, num
         if making is not None:
@@ -137,7 +137,7 @@ class _Activated(torch.autograd.Function):
         return _activate(activation, *before)
 
     @staticmethod
-    @once_differentiable
+    @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, dh: Tensor) -> Any:
         saved = ctx.saved_tensors
         before = saved if ctx.making is None else ctx.making.make(*saved)

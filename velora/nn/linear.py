@@ -27,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
 from velora.nn.recipe import autocast_dtype
-from velora.nn.twin import VeloraTwin, refuse_second_derivative
+from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
 class VeloraLinear(VeloraTwin, nn.Linear):
@@ -101,7 +102,7 @@ class _Linear(torch.autograd.Function):
                 torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
             if ctx.needs_input_grad[3]:
                 db = dy.sum(0).to(ctx.bias_dtype)
-        dx, dw, db = refuse_second_derivative((dx, dw, db), grad_output, weight)
+        dx, dw, db = refuse_second_derivative((dx, dw, db), NO_SECOND_DERIVATIVE)
         return dx, None, dw, db, None, None, None
 
 

@@ -32,8 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import _without_autocast, sum_over_tokens
+from velora.nn.recipe import autocast_dtype
 
+_NO_SECOND_DERIVATIVE = (
+    "linear_cross_entropy has no second derivative: its gradients are made in the forward. Where one is needed take the "
+    "plain loss: velora.remove_lean(model), or model.eval()"
+)
 _HALVES = (torch.float16, torch.bfloat16)
 _CHUNK_NUMBERS, _FEWEST_TOKENS = 2**23, 256  # 32 MiB of float32 logits; products of fewer tokens are slow
 _WORDS_AT_A_TIME = 2**13  # of float32 sums beside a half-precision dW
@@ -66,7 +72,7 @@ def linear_cross_entropy(
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1, 1).to(hidden.device)
     if hidden.shape[0] != labels.shape[0]:
         raise ValueError(f"{labels.shape[0]} labels for {hidden.shape[0]} tokens: each token needs one")
-    dtype = _autocast_dtype(hidden)
+    dtype = autocast_dtype(hidden.device)
     hidden = _cast(hidden, dtype)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     counted = labels != ignore_index
@@ -89,12 +95,12 @@ class _SumOfLosses(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         counted: Tensor,
-        autocast_dtype: torch.dtype | None,
+        cast_to: torch.dtype | None,
         wanted: tuple[bool, bool, bool],
         chunk_size: int,
     ) -> Tensor:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        w, b = _cast(weight, autocast_dtype), None if bias is None else _cast(bias, autocast_dtype)
+        w, b = _cast(weight, cast_to), None if bias is None else _cast(bias, cast_to)
         with _without_autocast(hidden.device):
             loss, gradients = _in_chunks(hidden, w, b, labels, counted, wanted, chunk_size)
         # a sum over tokens may be beyond float16, and has room in all others
@@ -108,9 +114,8 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         used_up = not torch._C._autograd._get_current_graph_task_keep_graph()
-        factor = (
-            grad_outputs[0].detach().view(1)
-        )  # one axis: a number without would be rounded to the half of the other factor
+        # one axis: a number without would be rounded to the half of the other factor
+        factor = grad_outputs[0].detach().view(1)
         scaled: list[Tensor | None] = []
         for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             if kept is None:
@@ -118,31 +123,7 @@ class _SumOfLosses(torch.autograd.Function):
                 continue
             result = kept if used_up and kept.dtype == dtype else torch.empty_like(kept, dtype=dtype)
             scaled.append(torch.mul(kept, factor, out=result))
-        return *_NoSecondDerivative.of(scaled), None, None, None, None, None
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on a gradient, which refuses to be differentiated: what it depends on was not kept."""
-
-    @staticmethod
-    def of(gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Gradients as they leave backward; with create_graph=True they are tied to this node."""
-        if not torch.is_grad_enabled():
-            return gradients
-        return [
-            None if g is None else _NoSecondDerivative.apply(g, g.new_zeros(()).requires_grad_()) for g in gradients
-        ]
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, _tie: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise RuntimeError(
-            "linear_cross_entropy has no second derivative: its gradients are made in the forward. Where one is needed take the "
-            "plain loss: make_plain_causal_lm(model), or model.eval()"
-        )
+        return *refuse_second_derivative(scaled, _NO_SECOND_DERIVATIVE), None, None, None, None, None
 
 
 def _in_chunks(
@@ -210,13 +191,6 @@ def _add_over_tokens(sums: Tensor, a: Tensor, b: Tensor) -> None:
         return
     for some, words in zip(sums.split(_WORDS_AT_A_TIME), a.split(_WORDS_AT_A_TIME, 1), strict=True):
         some += sum_over_tokens(words, b)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which F.linear computes here, where autocast decides it."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -3,8 +3,8 @@
     y = norm(x)         backward of the norm keeps x
     q = y Wᵀ            backward of the layer needs y: it keeps x too, which is there anyway, and makes y from it once more
 
-A module that makes a tensor cheaply, without a matrix product, leaves a recipe on it (`leave_recipe`); one that would keep the tensor
-looks for it (`recipe_of`), keeps the recipe's sources in place of the tensor, and in backward makes the tensor again. Sources are
+A module that makes a tensor cheaply, without a matrix product, leaves a recipe on it (`leave_recipe`). One that would keep the
+tensor looks for it (`recipe_of`), keeps the sources in place of the tensor, and in backward makes the tensor again. Sources are
 saved like any tensor, so that checkpointing, offloading and a ledger see them; a `Making` itself holds no tensor but what it
 has made for the first of several readers (query, key and value), until the last of them has read it.
 
@@ -95,7 +95,10 @@ def saved_tensors_hooks_in_use() -> Any:
 def forward_is_repeated() -> bool:
     """Whether this is the first forward of a checkpointed region: what it saves is thrown away, a second forward saves it again."""
     hook = saved_tensors_hooks_in_use()
-    return getattr(hook, "__qualname__", "").startswith("_checkpoint_hook.") and hook.__module__ == "torch.utils.checkpoint"
+    return (
+        getattr(hook, "__qualname__", "").startswith("_checkpoint_hook.")
+        and hook.__module__ == "torch.utils.checkpoint"
+    )
 
 
 # What a forward depends on besides its arguments

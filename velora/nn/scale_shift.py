@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.twin import VeloraTwin, refuse_second_derivative
+from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
 class ScaleShift(nn.Module):
@@ -100,5 +101,5 @@ class _ScaleShift(torch.autograd.Function):
                 dgamma = (sums * v).to(weight.dtype).flatten()
             if ctx.needs_input_grad[3]:
                 dbeta = dy.sum(0).to(bias_dtype)
-        dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), grad_output, weight)
+        dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), NO_SECOND_DERIVATIVE)
         return dx, None, dgamma, dbeta, None, None

@@ -25,6 +25,10 @@ MOMENTUM = 0.1
 
 BUFFERS = ("direction", "average")
 CODES = "VeLoRA codes"
+NO_SECOND_DERIVATIVE = (
+    "VeLoRA has no second derivative: its weight gradient is an approximation that belongs to no function. "
+    "Call remove_velora(model), or eval(), where a second derivative is needed"
+)
 _SHARED = "_velora_codes"  # attribute of an input: what was computed of it already
 _ATTRIBUTES = (
     "num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_plain", "_batch_statistics", "_after_loading",
@@ -230,7 +234,7 @@ class VeloraTwin(nn.Module):
         return not self._plain
 
     def codes(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """z (N, G) of the input x (..., D), computed in `dtype`: one tensor for all layers that read the same x with the same direction.
+        """z (N, G) of the input x (..., D), computed in `dtype`: one for all layers that read x with the same direction.
 
         In the first forward of a checkpointed region, whose saved tensors are thrown away, it has the shape and no memory.
         """
@@ -286,25 +290,3 @@ def _look_again(twin: VeloraTwin, _keys: Any) -> None:
     """After a state dict was loaded: its direction, widened where it was assigned as half precision, is another one."""
     twin._widen(twin._own_buffers())
     twin._look()
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on a gradient that refuses to be differentiated; `sources` are what the gradient was made of."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *sources: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        raise RuntimeError(
-            "VeLoRA has no second derivative: its weight gradient is an approximation that belongs to no function. "
-            "Call remove_velora(model), or eval(), where a second derivative is needed"
-        )
-
-
-def refuse_second_derivative(gradients: tuple[Tensor | None, ...], *sources: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients as they leave backward: under create_graph=True, tied to a node that refuses with a sentence."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return gradients
-    return tuple(None if g is None else _NoSecondDerivative.apply(g.detach(), *sources) for g in gradients)
