@@ -102,7 +102,7 @@ def _twin_of(module: nn.Module, mlp: bool) -> tuple[str, type] | None:
 
 
 @functools.cache
-def _twin(mixin: type, plain: type[nn.Module]) -> type:
+def _twin(mixin: Any, plain: Any) -> Any:
     bases = (mixin,) if issubclass(mixin, plain) else (mixin, plain)
     return type(f"Lean{plain.__name__}", bases, {PLAIN_CLASS: plain, "__module__": __name__})
 
