@@ -209,7 +209,7 @@ def test_compiled_it_computes_the_same() -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(ConfigError, match="recompute=blocks: no blocks were found in Sequential.*recompute=none"):
+    with pytest.raises(ConfigError, match=r"recompute=blocks: no blocks were found in Sequential.*recompute=none"):
         checkpoint_blocks(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ConfigError, match=r"recompute\.every_n_layers=3: the network has 2 blocks.*give at most that"):
         checkpoint_blocks(tiny_vit(), every_n_layers=3)

@@ -83,6 +83,7 @@ def test_what_both_kinds_have_keeps_the_value_of_the_method() -> None:
     row = ("experiment=table2/velora", "task=glue/cola")
     given = composed(*row).adapter
     assert composed(*row, "adapter=hydra").adapter.targets == given.targets == ["query", "value", "down"]
+    assert composed("experiment=table4/flora", "optimizer=adamw").optimizer.eps == 1e-8  # FLoRA's is a pair
     assert composed("method=checkpoint", "recompute=blocks").recompute.lean is False
     assert composed("method=full", "recompute=blocks").recompute.lean is True
 
