@@ -89,9 +89,11 @@ def test_what_both_kinds_have_keeps_the_value_of_the_method() -> None:
 
 
 def test_what_the_user_gives_himself_is_refused_not_dropped() -> None:
-    sentence = refused("method=lora_velora", "activations=exact", "activations.scale=2.0")
-    assert sentence is not None
-    assert "the command line sets it" in sentence  # Hydra has no such key to override, or the method has set it
+    sentence = refused("method=lora_velora", "activations=exact", "activations.layers=[value]")
+    assert "activations.layers is a key of activations=velora, not of activations=exact" in (sentence or "")
+    assert "activations.scale is a key of" in (
+        refused("method=velora", "activations=exact", "activations.scale=2") or ""
+    )
     assert "activations.scale is a key of" in (
         refused("method=velora", "+activations.scale=2", "activations=exact") or ""
     )

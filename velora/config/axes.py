@@ -7,8 +7,9 @@ not have. Such a key goes, before any interpolation is resolved, for it may refe
 - it is a key of another kind of the group, so not a misspelt one, and none of the kind chosen,
 - neither the user nor the file of the chosen value sets it: those who wrote it there are told that it is wrong.
 
-A key that both kinds have keeps the method's value: the `adapter.rank` of an experiment is that of any adapter with a rank. Only where
-it is no value for the chosen kind, but one for another (FLoRA's pair of `eps` for AdamW), the file of the chosen value decides.
+A key that both kinds have keeps the method's value: the `adapter.rank` of an experiment is that of any adapter with a rank.
+Only where it is no value for the chosen kind, but one for another (FLoRA's pair of `eps` for AdamW), the file of the chosen value
+decides.
 """
 
 from __future__ import annotations
@@ -36,14 +37,13 @@ def without_keys_of_other_values(composed: Any, overrides: Sequence[str], folder
         section = composed.get(axis)
         if not OmegaConf.is_dict(section):
             continue
-        raw = OmegaConf.to_container(section, resolve=False)
-        assert isinstance(raw, dict)
+        raw: Any = OmegaConf.to_container(section, resolve=False)
         kind = raw.get("kind")
         if not isinstance(kind, str) or "${" in kind:
             continue
         file = _content(axis, value, folders)
         with read_write(section), open_dict(section):
-            for key in [key for key in raw if f"{axis}.{key}" not in given]:
+            for key in [str(key) for key in raw if f"{axis}.{key}" not in given]:
                 own = part_class(axis, kind, GROUPS[axis]).model_fields.get(key)
                 others = [cls.model_fields[key] for cls in shipped_classes(axis).values() if key in cls.model_fields]
                 if own is None and others and key not in file:
@@ -72,7 +72,7 @@ def _fits(value: Any, field: FieldInfo) -> bool:
     if isinstance(value, str) and "${" in value:
         return True
     try:
-        TypeAdapter(Annotated[field.annotation, field]).validate_json(json.dumps(value), strict=True)
+        TypeAdapter[Any](Annotated[field.annotation, field]).validate_json(json.dumps(value), strict=True)
     except ValidationError:
         return False
     return True
