@@ -71,8 +71,9 @@ def _fits(value: Any, field: FieldInfo) -> bool:
     """Whether a key takes this value; what is not resolved yet might be anything."""
     if isinstance(value, str) and "${" in value:
         return True
+    form: Any = Annotated[field.annotation, field]
     try:
-        TypeAdapter[Any](Annotated[field.annotation, field]).validate_json(json.dumps(value), strict=True)
+        TypeAdapter(form).validate_json(json.dumps(value), strict=True)
     except ValidationError:
         return False
     return True
@@ -86,7 +87,7 @@ def _content(axis: str, value: str, folders: Sequence[Path]) -> dict[str, Any]:
     for file in (folder / axis / f"{value}.yaml" for folder in folders):
         content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
         if isinstance(content, dict):
-            for name in content.pop("defaults", []):
+            for name in content.pop("defaults", None) or []:
                 found |= _content(axis, name, folders) if isinstance(name, str) and name != "_self_" else {}
             found |= content
     return found
