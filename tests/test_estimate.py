@@ -238,3 +238,11 @@ def test_as_on_cuda_reaches_what_checkpointed_regions_compute_again() -> None:
     config = configured(*FAMILIES["roberta"], "method=checkpoint", device="auto")
     assert config.recompute.kind == "blocks"
     assert estimate(config).peak.num_bytes > 0  # a region that computes otherwise the second time is an error of torch
+
+
+def test_inputs_of_blocks_that_are_offloaded_take_nothing_on_the_device() -> None:
+    here, elsewhere = (
+        estimate(configured(*FAMILIES["llama"], "method=checkpoint", f"recompute.offload={offload}", device="auto"))
+        for offload in ("false", "true")
+    )
+    assert here.saved_bytes - elsewhere.saved_bytes == 2 * 2 * 32 * 64 * 4  # two blocks, B N D, float32
