@@ -111,7 +111,12 @@ def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plai
 @pytest.mark.parametrize("method", ["full", "velora_all"])
 def test_each_level_of_recompute_keeps_less_and_changes_nothing_else(model, method):
     none, lean, mlp, blocks = (terms(model, method, value) for value in ("none", "lean", "mlp", "blocks"))
-    assert none["saved"] > lean["saved"] >= mlp["saved"] > blocks["saved"]
+    assert none["saved"] >= lean["saved"] > mlp["saved"] > blocks["saved"]
+    if (model, method) != (
+        "vit_tiny",
+        "velora_all",
+    ):  # without dropout VeLoRA leaves lean nothing: norm and GELU keep their input
+        assert none["saved"] > lean["saved"]
     for level in (lean, mlp, blocks):
         assert {term: level[term] for term in TERMS[:3]} == {term: none[term] for term in TERMS[:3]}
 

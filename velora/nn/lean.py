@@ -96,7 +96,7 @@ def _twin_of(module: nn.Module, mlp: bool) -> tuple[str, type] | None:
     parts: Any = _mlp_mixin(module, mlp)
     if parts is not None:
         return "MLPs", _twin(parts, cls)
-    if cls is plain_class_of(module) and activation_of(module) is not None:
+    if PLAIN_CLASS not in vars(cls) and activation_of(module) is not None:
         return "activations", _twin(LeanActivation, cls)
     return None
 
