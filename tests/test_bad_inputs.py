@@ -76,8 +76,15 @@ KEYS = {
     "another section": Bad("batch_size=2", ("batch_size is not a key", "did you mean trainer.batch_size?")),
     "far from every key": Bad("qwertz=1", ("qwertz is not a key of this configuration", "--cfg job")),
     "another value's key": Bad(
-        "method=lora_velora activations=exact", ("activations.layers is a key of activations=velora", "the method")
+        "method=lora_velora activations=exact activations.layers=[value]",
+        ("activations.layers is a key of activations=velora", "the command line sets it"),
     ),
+    "moved value": Bad(
+        "method=lora activations=checkpoint", ("activations=checkpoint is no value of activations any more", "recompute=blocks")
+    ),
+    "moved kind": Bad("activations.kind=checkpoint", ("activations.kind=checkpoint is no kind", "recompute=blocks")),
+    "moved key": Bad("method=checkpoint activations.use_reentrant=false", ("is no key any more", "recompute=blocks")),
+    "moved key, added": Bad("+activations.use_reentrant=true", ("is no key any more", "leave it out")),
     "key of a value not chosen": Bad(
         "method=full activations.layers=[value]", ("activations.layers is a key of another value", "activations=...")
     ),
@@ -156,9 +163,12 @@ TOGETHER = {
     "minimum of a linear schedule": Bad(
         "trainer.schedule=linear trainer.min_lr_ratio=0.2", ("trainer.min_lr_ratio=0.2 has no effect", "cosine")
     ),
-    "reentrant with timm": Bad(
-        "method=checkpoint task=digits activations.use_reentrant=true",
-        ("activations.use_reentrant=true has no effect with model=vit_tiny", "use_reentrant=false"),
+    "nowhere to move inputs to": Bad(
+        "recompute=blocks recompute.offload=true trainer.device=cpu",
+        ("recompute.offload=true has no effect with trainer.device=cpu", "leave it out"),
+    ),
+    "layers of an adapter without targets": Bad(
+        "method=lora_velora adapter=ssf", ("activations.layers=null", "activations.layers=[value,down]")
     ),
     "tokenizer for a package": Bad(
         "task=topics model=minilm model.tokenizer=byte", ("model.tokenizer=byte: model=minilm", "model=encoder")
@@ -227,6 +237,16 @@ FILES = {
             "# @package _global_\ndefaults:\n  - override /activations: velora\n  - _self_\n"
             "method: {name: mine}\nactivations: {sub_tokensize: 8}\n"
         ),
+    ),
+    "key of another kind in the file of the chosen value": Bad(
+        "--config-dir mine method=velora optimizer=mine",
+        ("optimizer.update_proj_gap is a key of optimizer=galore, not of optimizer=adamw",),
+        {"mine/optimizer/mine.yaml": "defaults: [adamw]\nupdate_proj_gap: 3\n"},
+    ),
+    "moved value in a file": Bad(
+        MINE,
+        ("activations=checkpoint is no value of activations any more", "recompute=blocks"),
+        method_file("# @package _global_\ndefaults:\n  - override /activations: checkpoint\nmethod: {name: mine}\n"),
     ),
     "misspelt key in an experiment": Bad(
         "--config-dir mine experiment=e",

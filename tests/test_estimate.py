@@ -45,8 +45,12 @@ ALONG_THE_AXES = [
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING],
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=galore", "optimizer.bits=8"],
-    ["method=checkpoint", "activations.use_reentrant=true"],
-    ["method=lora", "activations=checkpoint"],
+    ["method=checkpoint", "recompute.every_n_layers=2"],
+    ["method=lora", "recompute=blocks", "recompute.lean=false"],
+    ["method=velora_all", "recompute=blocks", "recompute.lean=false"],
+    ["method=velora_all", "recompute=lean"],
+    ["method=full", "recompute=mlp"],
+    ["method=velora_all", "recompute=blocks"],
 ]
 
 
@@ -232,5 +236,5 @@ def test_as_on_cuda_attention_with_dropout_keeps_no_probabilities() -> None:
 
 def test_as_on_cuda_reaches_what_checkpointed_regions_compute_again() -> None:
     config = configured(*FAMILIES["roberta"], "method=checkpoint", device="auto")
-    assert config.activations.kind == "checkpoint"
+    assert config.recompute.kind == "blocks"
     assert estimate(config).peak.num_bytes > 0  # a region that computes otherwise the second time is an error of torch

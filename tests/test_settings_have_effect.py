@@ -32,6 +32,7 @@ from velora.config.read import model_in
 from velora.config.run import GROUPS, Config, validate
 from velora.memory.meter import preprocessor_for_shapes
 from velora.models.build import build_network
+from velora.nn.blocks import is_checkpointed
 
 SOURCE = Path(velora.__file__).parent
 SMALL = (
@@ -200,13 +201,20 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "optimizer=lomo": {"max_grad_value": Network(1e-4, "method=full optimizer=lomo")},
     "activations=exact": {},
-    "activations=checkpoint": {"use_reentrant": Network(True, "method=checkpoint")},
     "activations=velora": {
         "layers": Network(["down"], VELORA),
         "sub_token_size": Network(8, VELORA),
         "num_groups": Network(2, VELORA, besides=(("activations.sub_token_size", None),)),
         "init": Network("svd", VELORA),
         "scale": Network(3.0, VELORA),
+    },
+    "recompute=none": {},
+    "recompute=lean": {},
+    "recompute=mlp": {},
+    "recompute=blocks": {
+        "lean": Network(True, "method=checkpoint"),
+        "every_n_layers": Network(2, "method=checkpoint"),
+        "offload": Network(True, "method=checkpoint"),
     },
     "model=causal_lm": {
         "name": Label(),
@@ -353,10 +361,8 @@ def _trained(config: Config) -> Any:
     _add(digest, list(optimizer.state.values()))
     options = [{k: v for k, v in group.items() if k == "fused"} for group in optimizer.param_groups]
     settings = getattr(getattr(network, "config", None), "_attn_implementation", None)
-    again = next(
-        (m._gradient_checkpointing_func for m in network.modules() if hasattr(m, "_gradient_checkpointing_func")), None
-    )
-    built = [preprocessor.describe() if hasattr(preprocessor, "describe") else None, getattr(again, "keywords", None)]
+    again = [getattr(module.forward, "__name__", None) for module in network.modules() if is_checkpointed(module)]
+    built = [preprocessor.describe() if hasattr(preprocessor, "describe") else None, again]
     return digest.hexdigest(), changes, str(options), settings, str(built)
 
 

@@ -107,7 +107,7 @@ def _guarded(program: str, job: Job, composed: Any, folders: Sequence[Path]) -> 
     """Run one job; whatever goes wrong is one sentence on stderr. Returns the exit status and the job's score."""
     try:
         with one_sentence(folders):
-            config = configured(composed, _overrides())
+            config = configured(composed, _overrides(), folders)
         return 0, job(config)
     except (KeyboardInterrupt, Interrupted) as error:
         raise _Stopped(report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None

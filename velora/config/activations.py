@@ -1,4 +1,4 @@
-"""What linear layers keep for the backward pass, and what is computed again (the axis `activations`)."""
+"""What linear layers keep for the backward pass (the axis `activations`)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import difflib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from velora.config.parts import Activations
 from velora.config.roles import ROLES
-from velora.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +29,16 @@ class Velora(Activations):
     num_groups: PositiveInt | dict[str, PositiveInt] | None
     init: Literal["fixed_average", "running_average", "random", "svd"]
     scale: PositiveFloat
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _are_given(cls, layers: Any) -> Any:
+        if layers is None:
+            raise ValueError(
+                "activations.layers=null names no layers (a method that takes adapter.targets gets null from adapter=ssf); "
+                "give roles or patterns, like activations.layers=[value,down]"
+            )
+        return layers
 
     def problems(self, config: Config) -> Iterator[str]:
         size, groups = self.sub_token_size, self.num_groups
@@ -98,32 +107,3 @@ class Velora(Activations):
             from velora.nn.apply import update_directions
 
             update_directions(model)
-
-
-class Checkpoint(Activations):
-    kind: Literal["checkpoint"]
-    use_reentrant: bool
-
-    def problems(self, config: Config) -> Iterator[str]:
-        if self.use_reentrant and config.adapter.kind != "full":
-            yield (
-                f"activations.use_reentrant=true needs block inputs that require a gradient, and adapter={config.adapter.kind} "
-                "freezes the embedding; set activations.use_reentrant=false"
-            )
-        elif self.use_reentrant and "image_classification" in config.model.modalities():
-            yield (
-                f"activations.use_reentrant=true has no effect with model={config.model.name}: timm's networks always use the "
-                "non-reentrant form; set activations.use_reentrant=false"
-            )
-
-    def apply(self, model: nn.Module, config: Config) -> str | None:
-        for module in model.modules():
-            if hasattr(module, "gradient_checkpointing_enable"):
-                module.gradient_checkpointing_enable(
-                    gradient_checkpointing_kwargs={"use_reentrant": self.use_reentrant}
-                )
-                return None
-            if hasattr(module, "set_grad_checkpointing"):  # timm; always the non-reentrant form
-                module.set_grad_checkpointing(True)
-                return None
-        raise ConfigError(f"activations=checkpoint: model={config.model.name} has no gradient checkpointing of its own")

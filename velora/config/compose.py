@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from velora.config.axes import without_keys_of_other_values
 from velora.config.processes import check_processes
 from velora.config.read import one_of, shown, unknown_key, unknown_value
 from velora.config.run import Config, is_identity, validate
@@ -43,13 +44,14 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
     given = [_written(override, folders, multirun=False) for override in overrides]
     own = [f"hydra.searchpath=[{_as_text(f'file://{folder.resolve()}')}]" for folder in folders[1:]]
     with one_sentence(folders), initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return configured(hydra_compose("config", [*given, *own]), given)
+        return configured(hydra_compose("config", [*given, *own]), given, folders)
 
 
-def configured(composed: Any, overrides: Sequence[str]) -> Config:
-    """What Hydra has composed, resolved, named and validated; `overrides` are those that it was composed with."""
+def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path]) -> Config:
+    """What Hydra has composed, resolved, named and validated; `overrides` are those that it was composed with, out of `folders`."""
     from omegaconf import OmegaConf
 
+    composed = without_keys_of_other_values(composed, overrides, folders)
     container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     raw = {str(k): v for k, v in container.items()}

@@ -1,7 +1,7 @@
 """What a value of a config group is.
 
-A run is composed from the groups `weights`, `adapter`, `optimizer`, `activations`, `model` and `task`. A value stands in two
-places: `conf/<group>/<value>.yaml` gives its settings, and a class in `velora/config/<group>.py`, found by its `kind`, has
+A run is composed from the groups `weights`, `adapter`, `optimizer`, `activations`, `recompute`, `model` and `task`. A value stands
+in two places: `conf/<group>/<value>.yaml` gives its settings, and a class in `velora/config/<group>.py`, found by its `kind`, has
 the keys that it takes, what can be wrong with them, and what it does. Several YAML files may share a kind
 (`llama_60m` and `llama_7b` are both `kind: causal_lm`). A kind with a dot is the import path of a module with one class, so other
 people's values need no change here: `kind: my_package.my_adapter`.
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from velora.config.read import shown
+from velora.config.read import moved_value, shown
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Optimizer(Part):
 
 
 class Activations(Part):
-    """What autograd keeps for the backward pass."""
+    """What linear layers keep for the backward pass."""
 
     def apply(self, model: nn.Module, config: Config) -> str | None:
         """Change the network in place; returns a text for the user (what was changed), or None."""
@@ -158,6 +158,18 @@ class Activations(Part):
 
     def after_step(self, model: nn.Module) -> None:
         """Called after each optimiser step."""
+
+
+class Recompute(Part):
+    """What is computed again in the backward pass in place of being kept. It changes no gradient."""
+
+    def apply(self, model: nn.Module, config: Config) -> str | None:
+        """Change the network in place, which has its adapter and its activations; returns a text for the user, or None."""
+        return None
+
+    def needs_a_gpu(self) -> str | None:
+        """The setting that would change nothing where the CPU trains, as `key=value`, or None."""
+        return None
 
 
 class Model(Part):
@@ -289,6 +301,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _unknown_kind(group: str, kind: str) -> ConfigError:
+    if moved := moved_value(group, kind):
+        return ConfigError(f"{group}.kind={kind} is no kind of {group} any more: {moved}")
     return ConfigError(
         f"{group}.kind={kind} is not known; it is one of {', '.join(shipped_kinds(group))}, or a module's import path"
     )

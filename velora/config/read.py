@@ -23,7 +23,15 @@ T = TypeVar("T", bound=BaseModel)
 # Keys that were renamed, with what to give now.
 _RENAMED = {
     "trainer.gradient_accumulation_steps": "give trainer.micro_batch_size, the examples of one forward; trainer.batch_size "
-    "are those of a whole optimiser step"
+    "are those of a whole optimiser step",
+    "activations.use_reentrant": "recompute=blocks, which activations=checkpoint has become, is always the non-reentrant form; "
+    "leave it out",
+}
+
+# Values that were moved to another group, with what to give now.
+_MOVED = {
+    ("activations", "checkpoint"): "what is computed again is a group of its own: recompute=blocks is gradient checkpointing, "
+    "and method=checkpoint is full training with it",
 }
 
 # What other programs call our keys.
@@ -110,8 +118,15 @@ def unknown_key(key: str, known: list[str]) -> str:
     return f"{key} is not a key; known keys here: {', '.join(known)}"
 
 
+def moved_value(group: str, value: str) -> str | None:
+    """What to give in place of a value (or kind) that an earlier version had in this group, or None."""
+    return _MOVED.get((group, value))
+
+
 def unknown_value(group: str, value: str, known: list[str]) -> str:
     """`known` values below a folder that was named in place of one of them are all that is listed of a long list."""
+    if moved := moved_value(group, value):
+        return f"{group}={value} is no value of {group} any more: {moved}"
     inside = [name for name in known if name.startswith(f"{value}/")]
     if value and inside:
         return f"{group}={value} is a folder; choose one of {', '.join(inside)}"

@@ -1,7 +1,7 @@
 """The composed configuration of one run: its keys, which of them are its identity, and the check of all of it.
 
 Hydra composes YAML; it refuses unknown keys on the command line but not inside files. Here everything is read strictly into
-one pydantic model, and one ConfigError names all that is wrong. The classes of the six groups are in
+one pydantic model, and one ConfigError names all that is wrong. The classes of the seven groups are in
 `velora/config/<group>.py`, found by their kind (`velora/config/parts.py`). No torch here.
 """
 
@@ -40,6 +40,7 @@ from velora.config.parts import (
     Model,
     Optimizer,
     Part,
+    Recompute,
     Task,
     Weights,
     blaming,
@@ -97,7 +98,7 @@ class Section(BaseModel):
 
 
 class MethodConfig(Section):
-    """A named point on the four axes; the axes themselves are the groups."""
+    """A named point on the five axes; the axes themselves are the groups."""
 
     name: str
 
@@ -237,6 +238,7 @@ class Config(Section):
     adapter: OfItsKind[Adapter]
     optimizer: OfItsKind[Optimizer]
     activations: OfItsKind[Activations]
+    recompute: OfItsKind[Recompute]
     model: OfItsKind[Model]
     task: OfItsKind[Task]
 
@@ -298,6 +300,7 @@ GROUPS: dict[str, type[Part]] = {
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Part)
 }
+AXES = tuple(group for group in GROUPS if group not in ("model", "task"))
 
 
 def validate(raw: dict[str, Any]) -> Config:

@@ -10,13 +10,14 @@ Small real tensors (words, masks, positions) stay real, because networks look in
 an attention mask that masks nothing. All sequences have full length; `padded=True` pads one of them, which brings the mask
 back. Programs that look into a fake tensor (is this gradient finite?) get the answer that lets a healthy run go on: yes, or one.
 
-Fake tensors of device "cuda" cannot run a backward on a machine without one. For CUDA, five things are therefore made on
+Fake tensors of device "cuda" cannot run a backward on a machine without one. For CUDA, six things are therefore made on
 the CPU as CUDA makes them (`AsOnCuda`, `use_foreach`):
 
 - dropout keeps a mask of one byte per element (the CPU keeps one of the input's type);
 - products of halves that ask for a float32 result need no cast copies (`sum_over_tokens`);
 - fused attention keeps no matrix of probabilities, with dropout either (the CPU has no fused kernel with dropout);
 - autocast computes normalisations, softmaxes, losses, powers and sums in float32 (the CPU's leaves most of them in half);
+- what is moved to the CPU's memory takes nothing (`recompute.offload`);
 - optimizers without a fused form update all tensors together (`foreach`), with temporaries as large as all of them.
 
 The caching allocator's rounding to 512 bytes is the timeline's part. What operators use inside themselves (workspaces of
@@ -49,6 +50,7 @@ from velora.memory.meter import (
     training_steps,
 )
 from velora.memory.timeline import MemoryFigures, Timeline, figures_of
+from velora.nn.blocks import from_host, to_host
 from velora.nn.projection import sum_over_tokens
 from velora.report.text import human_bytes
 
@@ -279,6 +281,11 @@ class AsOnCuda(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
+        if func is to_host:
+            return args[0].new_empty(0), args[0].shape
+        if func is from_host:
+            nothing, shape = args[0]
+            return nothing.new_empty(shape)
         if func is sum_over_tokens and args[0].dtype in _HALF:
             return _float32_of_halves(*args)
         if torch.is_autocast_enabled("cpu") and getattr(func, "__name__", "") in _IN_FLOAT32:

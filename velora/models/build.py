@@ -13,13 +13,13 @@ from velora.memory.storages import model_tensors, unique_bytes
 
 
 def build_network(config: Config, head: Head, preprocessor: Any) -> tuple[nn.Module, str | None]:
-    """The network on all four axes but the optimiser's, and a text that says what the activations axis changed."""
+    """The network on all axes but the optimiser's, and a text that says what `activations` and `recompute` changed."""
     network = config.model.build(head, preprocessor, config)
     network.velora_roles = roles_of(network, config.model.roles)  # type: ignore[assignment]
     network = config.weights.apply(network, config)
     network = config.adapter.apply(network, config)
-    changes = config.activations.apply(network, config)
-    return network, changes
+    changes = [config.activations.apply(network, config), config.recompute.apply(network, config)]
+    return network, "\n".join(filter(None, changes)) or None
 
 
 def parameter_counts(network: nn.Module) -> dict[str, int]:

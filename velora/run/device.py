@@ -9,7 +9,7 @@ from velora.errors import ConfigError
 
 
 def training_device(config: Config) -> torch.device:
-    """The device of `trainer.device`; ConfigError for one that this machine has not, or a precision that it has not there."""
+    """The device of `trainer.device`; ConfigError for one that this machine has not, or a setting that means nothing there."""
     trainer = config.trainer
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
@@ -18,6 +18,11 @@ def training_device(config: Config) -> torch.device:
         raise ConfigError(
             "trainer.precision=fp16 scales the loss, which needs a CUDA device, and here the CPU would train; use "
             "trainer.precision=bf16 or fp32"
+        )
+    if device.type == "cpu" and (setting := config.recompute.needs_a_gpu()):
+        raise ConfigError(
+            f"{setting} has no effect where the CPU trains, as it would here, for what it moves is in the CPU's memory "
+            f"already; leave it out, or train on a GPU"
         )
     if trainer.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use trainer.precision=fp16 or fp32")

@@ -1,4 +1,4 @@
-"""One run, end to end: data -> network -> weights -> adapter -> activations -> calibrate -> train -> evaluate -> record."""
+"""One run: data -> network -> weights -> adapter -> activations -> recompute -> calibrate -> train -> evaluate -> record."""
 
 from __future__ import annotations
 
