@@ -80,7 +80,8 @@ KEYS = {
         ("activations.layers is a key of activations=velora", "the command line sets it"),
     ),
     "moved value": Bad(
-        "method=lora activations=checkpoint", ("activations=checkpoint is no value of activations any more", "recompute=blocks")
+        "method=lora activations=checkpoint",
+        ("activations=checkpoint is no value of activations any more", "recompute=blocks"),
     ),
     "moved kind": Bad("activations.kind=checkpoint", ("activations.kind=checkpoint is no kind", "recompute=blocks")),
     "moved key": Bad("method=checkpoint activations.use_reentrant=false", ("is no key any more", "recompute=blocks")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -142,7 +141,7 @@ def test_every_point_composes():
 
     for overrides in POINTS.values():
         config = compose(*Wishes(CPU).of("llama_60m"), *overrides)
-        wanted = {override.partition("=")[2] for override in chain(overrides) if override.startswith("recompute=")}
+        wanted = {override.partition("=")[2] for override in overrides if override.startswith("recompute=")}
         assert config.raw["recompute"]["kind"] in (wanted or {"none"})
 
 

@@ -30,7 +30,10 @@ _RENAMED = {
 
 # Values that were moved to another group, with what to give now.
 _MOVED = {
-    ("activations", "checkpoint"): "what is computed again is a group of its own: recompute=blocks is gradient checkpointing, "
+    (
+        "activations",
+        "checkpoint",
+    ): "what is computed again is a group of its own: recompute=blocks is gradient checkpointing, "
     "and method=checkpoint is full training with it",
 }
 
