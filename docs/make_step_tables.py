@@ -7,6 +7,7 @@ without a record keeps what stands there.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,18 @@ def main() -> None:
 def updated(page: str, text: str | None = None, records: Path = RECORDS) -> str:
     """The page with the tables of the records that exist."""
 
-    def table(found: re.Match[str]) -> str:
+    def with_table(found: re.Match[str]) -> str:
         file = records / f"step_{found[3]}.json"
         if not file.is_file():
             return found[0]
-        return found[1] + _table(json.loads(file.read_text()), short=bool(found[2])) + found[4]
+        table = _table(json.loads(file.read_text()), short=bool(found[2]))
+        picture = file.with_suffix(".png")
+        if picture.is_file():
+            here = (ROOT / page).parent
+            table += f"\n![{found[3]}: bytes against time]({os.path.relpath(picture, here)})\n"
+        return found[1] + table + found[4]
 
-    return _PLACE.sub(table, (ROOT / page).read_text() if text is None else text)
+    return _PLACE.sub(with_table, (ROOT / page).read_text() if text is None else text)
 
 
 def _table(record: dict[str, Any], short: bool) -> str:

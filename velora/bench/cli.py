@@ -169,7 +169,10 @@ def _step(arguments: argparse.Namespace) -> int:
         if arguments.picture is not None:
             from velora.bench.picture import draw
 
-            draw(record, files["picture"][model])
+            try:
+                draw(record, files["picture"][model])
+            except OSError as error:
+                raise _NotWritten(f"--picture {files['picture'][model]} cannot be written ({error.strerror})") from None
     return 0
 
 

@@ -46,7 +46,8 @@ def _sentences(labels: Mapping[str, list[Record]]) -> str:
     least = min(others, key=lambda point: point.bytes_ratio)
     fast = [point for point in others if point.speed_ratio >= AS_FAST]
     best = min(fast, key=lambda point: point.bytes_ratio, default=None)
-    return f"{_kept(best, least)} {_learned(best or least, full, others)}\n"
+    chosen = best if best is not None and best.bytes_ratio < 1 else least
+    return f"{_kept(best, least)} {_learned(chosen, full, others)}\n"
 
 
 def _kept(best: _Point | None, least: _Point) -> str:
