@@ -65,11 +65,11 @@ def _figures(point: _Point) -> str:
 def _learned(chosen: _Point, full: _Point, others: list[_Point]) -> str:
     same = [point.label for point in others if abs(point.loss / full.loss - 1) <= AS_GOOD]
     learned = f"as well as full training (a validation loss within {AS_GOOD:.1%} of its {full.loss:.3f})"
-    who = f"{', '.join(same)} learned {learned}" if same else f"Nothing here learned {learned}"
-    if chosen.label in same:
-        return f"{who[0].upper()}{who[1:]} in these runs of one length and few seeds."
-    word = "worse" if chosen.loss > full.loss else "better"
-    return f"{who}; {chosen.label} learned {word} ({chosen.loss:.3f}) in these runs of one length and few seeds."
+    who = f"{', '.join(same)} learned {learned}" if same else f"nothing learned {learned}"
+    if chosen.label not in same:
+        word = "worse" if chosen.loss > full.loss else "better"
+        who += f"; {chosen.label} learned {word} ({chosen.loss:.3f})"
+    return f"In these runs of one length and few seeds {who}."
 
 
 def _point(label: str, runs: list[Record], full: list[Record] | None) -> _Point:
