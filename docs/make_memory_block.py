@@ -25,9 +25,9 @@ PARTS = {  # in brackets the axis that takes it away
     "inputs of linear layers": "inputs of linear layers [activations: velora]",
     "codes": "VeLoRA's codes in their place",
     "masks": "dropout masks of LoRA",
-    "attention": "attention: q, k, v, output [activations: checkpoint]",
-    "swiglu": "SwiGLU [activations: checkpoint]",
-    "norms": "norms [activations: checkpoint]",
+    "attention": "attention: q, k, v, output [recompute: blocks]",
+    "swiglu": "SwiGLU [recompute: blocks]",
+    "norms": "norms [recompute: blocks]",
     "regions": "checkpointed block's input",
     "others": "others",
 }

@@ -35,9 +35,10 @@ def storage_bytes(values) -> int:
 
 
 @cache
-def terms(model: str, method: str) -> dict[str, int]:
+def terms(model: str, method: str, recompute: str | None = None) -> dict[str, int]:
     """The four terms of one training step of a method, in bytes."""
-    config = composed(f"method={method}", f"model={model}", "task=embedded", "trainer.batch_size=4")
+    moved = [f"recompute={recompute}"] if recompute else []
+    config = composed(f"method={method}", f"model={model}", "task=embedded", "trainer.batch_size=4", *moved)
     preprocessor = config.model.preprocessor(config)
     data = config.task.load(preprocessor, config)
     torch.manual_seed(0)
@@ -104,6 +105,15 @@ def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plai
     assert after["gradients"] == before["gradients"]
     assert after["optimizer"] == before["optimizer"]
     assert 0 <= after["weights"] - before["weights"] <= SMALL * before["weights"]  # the directions
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("method", ["full", "velora_all"])
+def test_each_level_of_recompute_keeps_less_and_changes_nothing_else(model, method):
+    none, lean, mlp, blocks = (terms(model, method, value) for value in ("none", "lean", "mlp", "blocks"))
+    assert none["saved"] > lean["saved"] >= mlp["saved"] > blocks["saved"]
+    for level in (lean, mlp, blocks):
+        assert {term: level[term] for term in TERMS[:3]} == {term: none[term] for term in TERMS[:3]}
 
 
 @pytest.mark.parametrize("model", FAMILIES)

@@ -15,6 +15,7 @@ OTHERS = {
     for group, overrides in {
         "task": [], "method": [], "model": ["task=embedded"],
         "optimizer": ["method=full", "trainer.max_grad_norm=null"], "adapter": ["method=full"],
+        "activations": ["method=full"], "recompute": ["method=velora"],
     }.items()
     for file in sorted((conf_dir() / group).rglob("*.yaml"))
     if file.stem not in ("causal_lm", "encoder")  # these need a model.path
