@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from velora.nn.projection import code_unit, compress, sum_over_tokens
+from velora.nn.projection import code_unit, sum_over_tokens
+from velora.nn.recipe import autocast_dtype
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
 
 
@@ -48,10 +49,12 @@ class VeloraLinear(VeloraTwin, nn.Linear):
         if not self.compresses():
             return F.linear(input, self.weight, self.bias)
         self.observe(input)
-        dtype = _autocast_dtype(input)
+        dtype = autocast_dtype(input.device)
+        with torch.no_grad():
+            z = self.codes(input, dtype if dtype is not None and _autocasts(input) else None)
         if dtype is not None and _autocasts(input):
             input = input.to(dtype)
-        return _Linear.apply(input, self.weight, self.bias, self.direction, self.scale, dtype)
+        return _Linear.apply(input, z, self.weight, self.bias, self.direction, self.scale, dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -65,13 +68,13 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        z: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         direction: Tensor,
         scale: float,
         autocast_dtype: torch.dtype | None,
     ) -> Tensor:
-        z = compress(x, direction)  # (N, G)
         ctx.save_for_backward(z, weight, direction)
         ctx.scale = scale
         ctx.shape = x.shape
@@ -91,22 +94,15 @@ class _Linear(torch.autograd.Function):
             dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
             if ctx.needs_input_grad[0]:
                 dx = (dy @ weight.to(dy.dtype)).view(ctx.shape)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 c = sum_over_tokens(dy, z)  # (M, G)
                 dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
                 v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
                 torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 db = dy.sum(0).to(ctx.bias_dtype)
         dx, dw, db = refuse_second_derivative((dx, dw, db), grad_output, weight)
-        return dx, dw, db, None, None, None
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype in which F.linear computes here, where autocast decides it."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+        return dx, None, dw, db, None, None, None
 
 
 def _autocasts(x: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velora.nn.projection import code_unit, compress, sum_over_tokens
+from velora.nn.projection import code_unit, sum_over_tokens
 from velora.nn.twin import VeloraTwin, refuse_second_derivative
 
 
@@ -65,15 +65,19 @@ class VeloraScaleShift(VeloraTwin, ScaleShift):
         if not self.compresses():
             return x * self.weight + self.bias
         self.observe(x)
-        return _ScaleShift.apply(x, self.weight, self.bias, self.direction, self.scale)
+        with torch.no_grad():
+            z = self.codes(x)
+        return _ScaleShift.apply(x, z, self.weight, self.bias, self.direction, self.scale)
 
 
 class _ScaleShift(torch.autograd.Function):
     """Keeps z, γ (a parameter) and the direction (a buffer). With half-precision inputs the sums are float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, direction: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(compress(x, direction), weight, direction)
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, direction: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(z, weight, direction)
         ctx.scale = scale
         ctx.dtypes = x.dtype, bias.dtype
         return x * weight + bias
@@ -88,13 +92,13 @@ class _ScaleShift(torch.autograd.Function):
             dy = grad_output.reshape(-1, weight.shape[0])  # (N, D)
             if ctx.needs_input_grad[0]:
                 dx = (grad_output * weight).to(x_dtype)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
                 codes = z.to(dy.dtype).T.unsqueeze(2)  # (G, N, 1)
                 sums = sum_over_tokens(codes, groups).squeeze(1)  # (G, S)
                 v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
                 dgamma = (sums * v).to(weight.dtype).flatten()
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[3]:
                 dbeta = dy.sum(0).to(bias_dtype)
         dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), grad_output, weight)
-        return dx, dgamma, dbeta, None, None
+        return dx, None, dgamma, dbeta, None, None

@@ -14,16 +14,21 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import TensorWeakRef
 
-from velora.nn.projection import INITS, SubTokenStatistics, random_direction, split_width
+from velora.nn.projection import INITS, SubTokenStatistics, compress, random_direction, split_width
+from velora.nn.recipe import forward_is_repeated
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
 
 BUFFERS = ("direction", "average")
 CODES = "VeLoRA codes"
+_SHARED = "_velora_codes"  # attribute of an input: what was computed of it already
 _ATTRIBUTES = (
     "num_groups", "sub_token_size", "scale", "init", "seed", "_calibrated", "_plain", "_batch_statistics", "_after_loading",
+    "_code_key",
 )  # fmt: skip
 
 _Self = TypeVar("_Self", bound="VeloraTwin")
@@ -61,6 +66,7 @@ class VeloraTwin(nn.Module):
     _calibrated: bool  # cached checks of `direction`, no state: False means "look"
     _plain: bool  # the direction is zero; compressing would lose everything
     _batch_statistics: SubTokenStatistics | None
+    _code_key: Any  # the direction as something to compare; None: not looked at yet
     _after_loading: Any  # the handle of a hook
 
     def __init__(
@@ -114,7 +120,7 @@ class VeloraTwin(nn.Module):
         self.num_groups, self.sub_token_size = num_groups, sub_token_size
         self.scale, self.init, self.seed = scale, init, seed
         self._calibrated = self._plain = False
-        self._batch_statistics = None
+        self._batch_statistics = self._code_key = None
         vector = torch.full((sub_token_size,), torch.nan, dtype=self._wide_dtype(), device=self.weight.device)
         self.register_buffer("direction", vector)
         if init == "running_average":
@@ -158,6 +164,7 @@ class VeloraTwin(nn.Module):
         if self.init == "running_average":
             self.average.fill_(torch.nan)
         self._calibrated = self._plain = False
+        self._code_key = None
 
     @torch.no_grad()
     def set_direction(self, direction: Tensor, average: Tensor | None = None) -> None:
@@ -167,6 +174,7 @@ class VeloraTwin(nn.Module):
             assert average is not None
             self.average.copy_(average)
         self._calibrated, self._plain = not self.direction.is_meta, False
+        self._code_key = None
 
     def has_direction(self) -> bool:
         """Whether there is a vector to compress with."""
@@ -221,6 +229,34 @@ class VeloraTwin(nn.Module):
             self._check_calibrated()
         return not self._plain
 
+    def codes(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """z (N, G) of the input x (..., D), computed in `dtype`: one tensor for all layers that read the same x with the same direction.
+
+        In the first forward of a checkpointed region, whose saved tensors are thrown away, it has the shape and no memory.
+        """
+        if torch.compiler.is_compiling():
+            return compress(x.detach().to(dtype or x.dtype), self.direction)
+        if forward_is_repeated():
+            num_codes = x.numel() // x.shape[-1], self.num_groups
+            return x.new_empty((), dtype=dtype or x.dtype).expand(num_codes)
+        if self.init == "running_average":  # a direction that changes at each step would have to be read each time
+            return compress(x.detach().to(dtype or x.dtype), self.direction)
+        known: dict[Any, TensorWeakRef] = vars(x).setdefault(_SHARED, {})
+        key = (self._direction_key(), dtype or x.dtype, x._version)
+        z = known[key]() if key in known else None
+        if z is None:
+            z = compress(x.detach().to(dtype or x.dtype), self.direction)
+            known[key] = TensorWeakRef(z)  # only the layers' graph keeps it
+        return z
+
+    def _direction_key(self) -> Any:
+        """Equal for equal directions. Where they have no values (an estimate), layers with data-driven ones are taken to agree."""
+        if self._code_key is None:
+            pretended = isinstance(self.direction, FakeTensor) or self.direction.is_meta
+            values = (self.init, self.seed if self.init == "random" else 0) if pretended else self.direction.tolist()
+            self._code_key = (self.sub_token_size, *values)
+        return self._code_key
+
     def observe(self, x: Tensor) -> None:
         """Take the input x (..., D) of a forward into the running average of this step."""
         if self.init == "running_average":
@@ -237,6 +273,7 @@ class VeloraTwin(nn.Module):
             )
 
     def _look(self) -> None:
+        self._code_key = None
         self._calibrated = not self.direction.is_meta and bool(torch.isfinite(self.direction).all())
         self._plain = self._calibrated and not bool(self.direction.any())
 

@@ -1,0 +1,240 @@
+"""Layers that keep less for backward than the plain ones, with the same outputs and gradients.
+
+Each is a twin: a subclass of a plain module with the same parameters, state dict and name, made in place by changing the class.
+
+    RMSNorm     plain: x, x̂ and y            here: x and one number per token; y has a recipe
+    LayerNorm   x and two numbers             the same; y has a recipe
+    GELU, SiLU  x                             the same; y has a recipe
+    Dropout     a mask                        the state of the random numbers; y has a recipe
+    Linear      its input                     the sources of its input's recipe, which another layer keeps anyway
+
+    N  tokens (all leading dimensions together)      D  features of a token      M  out-features
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from velora.nn.recipe import (
+    Making,
+    autocast_dtype,
+    leave_recipe,
+    random_state,
+    random_state_of,
+    recipe_of,
+    sources_of,
+)
+
+PLAIN_CLASS = "_plain_class"  # attribute of a twin's class: what it was made from
+_CHUNK_NUMBERS = 2**16  # on the CPU: what is worked on at a time stays in a core's cache
+
+
+def plain_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it became a lean twin."""
+    return vars(type(module)).get(PLAIN_CLASS, type(module))
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a forward of these is recorded here. torch.compile plans itself what it keeps: plain layers are traced."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    )
+
+
+def in_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each (N, ...): a few at a time on the CPU, all at once elsewhere."""
+    first = tensors[0]
+    rows = max(1, _CHUNK_NUMBERS // max(1, first.shape[-1])) if first.device.type == "cpu" else max(1, first.shape[0])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+class LeanLinear(nn.Linear):
+    """nn.Linear that keeps the sources of its input where the input can be made again without a matrix product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        recipe = recipe_of(input) if wants_gradient(self.weight) else None
+        if recipe is None:
+            return F.linear(input, self.weight, self.bias)
+        return _Linear.apply(input, self.weight, self.bias, recipe.making, *recipe.sources)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, making: Making, *sources: Tensor
+    ) -> Tensor:
+        making.expect_reader()
+        ctx.making, ctx.dtype = making, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(weight, *sources)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        weight, *sources = ctx.saved_tensors
+        dx = dw = db = None
+        dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.to(dy.dtype)).view(*grad_output.shape[:-1], -1).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            x = ctx.making.make(*sources)
+            dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = dy.sum(0).to(ctx.bias_dtype)
+        return dx, dw, db, *(None for _ in range(len(sources) + 1))
+
+
+class LeanRMSNorm:
+    """Mixin for y = w x / sqrt(mean(x²) + ε) in the form of transformers' LLaMA: x̂ is rounded to x's dtype before w.
+
+    Class attribute `epsilon_name`: where the plain class has its ε.
+    """
+
+    epsilon_name = "variance_epsilon"
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if not wants_gradient(hidden_states, self.weight):
+            return super().forward(hidden_states)  # type: ignore[misc]
+        y, rstd = _RMSNorm.apply(hidden_states, self.weight, getattr(self, self.epsilon_name))
+        leave_recipe(y, Making(_rms_norm), hidden_states, rstd, self.weight)
+        return y
+
+
+class LeanTorchRMSNorm(LeanRMSNorm):
+    """nn.RMSNorm over the last dimension; its ε may be None, the smallest step of the dtype."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if len(self.normalized_shape) != 1 or self.weight is None or not wants_gradient(input, self.weight):
+            return super(LeanRMSNorm, self).forward(input)  # type: ignore[misc]
+        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
+        y, rstd = _RMSNorm.apply(input, self.weight, eps)
+        leave_recipe(y, Making(_rms_norm), input, rstd, self.weight)
+        return y
+
+
+def _rms_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x * rstd  # (N, D) in float32 at least: rstd is
+    return y.mul_(weight) if wide == x.dtype == weight.dtype else weight * y.to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x (N, D) and 1 / sqrt(mean(x²) + ε) (N, 1), in float32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        return _rms_norm(x, rstd, weight), rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, _rstd: None) -> Any:
+        x, rstd, weight = ctx.saved_tensors
+        if grad_output is None:
+            return None, None, None
+        width = x.shape[-1]
+        w = weight.to(rstd.dtype)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        flat = (x.reshape(-1, width), grad_output.reshape(-1, width), rstd.view(-1, 1))
+        outs = flat[0] if dx is None else dx.view(-1, width)
+        for some_x, dy, r, out in in_rows(*flat, outs):
+            x_hat = some_x * r  # (n, D)
+            product = dy * x_hat
+            if dw is not None:
+                dw += product.sum(0)
+            if dx is not None:
+                mean = (product @ w).div_(width).unsqueeze(-1)  # (n, 1): of w dy x̂
+                gradient = torch.addcmul((dy * w), x_hat, mean, value=-1)
+                torch.mul(gradient, r, out=out) if out.dtype == gradient.dtype else out.copy_(gradient.mul_(r))
+        return dx, None if dw is None else dw.to(weight.dtype), None
+
+
+class LeanLayerNorm:
+    """Mixin for F.layer_norm over the last dimensions, which keeps x and two numbers per token anyway."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        y = super().forward(input)  # type: ignore[misc]
+        if wants_gradient(y):
+            affine = [t for t in (self.weight, self.bias) if t is not None]
+            made = partial(_layer_norm, self.normalized_shape, self.eps, y.dtype, self.weight is not None)
+            leave_recipe(y, Making(made), input, *affine)
+        return y
+
+
+def _layer_norm(
+    shape: tuple[int, ...], eps: float, dtype: torch.dtype, has_weight: bool, x: Tensor, *affine: Tensor
+) -> Tensor:
+    """`dtype` is the output's: under autocast that of the computation."""
+    x, affine = x.to(dtype), tuple(t.to(dtype) for t in affine)
+    weight, bias = (*affine, None, None)[:2] if has_weight else (None, *affine, None)[:2]
+    return F.layer_norm(x, shape, weight, bias, eps)
+
+
+class LeanActivation:
+    """Mixin for an elementwise function that keeps its input: all that it does more is to leave a recipe on its output.
+
+    Class attribute `plain_forward(module, x)`: the plain class's forward.
+    """
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        y = super().forward(input)  # type: ignore[misc]
+        if wants_gradient(y):
+            leave_recipe(y, Making(partial(_plain_forward, self)), input)
+        return y
+
+
+def _plain_forward(module: Any, x: Tensor) -> Tensor:
+    return super(LeanActivation, module).forward(x)  # type: ignore[misc]
+
+
+class LeanDropout(nn.Dropout):
+    """nn.Dropout that keeps the state of the random numbers in place of a mask, and draws the mask again in backward.
+
+    The numbers drawn are those of the plain module. The input's memory must be contiguous for that; else it is the plain one.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return input
+        if self.inplace or self.p == 1.0 or not input.is_contiguous() or not wants_gradient(input):
+            return F.dropout(input, self.p, True, self.inplace)
+        state = random_state(input.device)
+        y = _Dropout.apply(input, self.p, state)
+        making, sources = sources_of(input)
+        leave_recipe(y, Making(partial(_drop, self.p), making, len(sources)), *sources, state)
+        return y
+
+
+def _drop(p: float, x: Tensor, state: Tensor) -> Tensor:
+    with random_state_of(state, x.device):
+        return F.dropout(x.contiguous(), p, True)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, state: Tensor) -> Tensor:
+        ctx.p = p
+        ctx.save_for_backward(state)
+        return F.dropout(x, p, True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        (state,) = ctx.saved_tensors
+        return _drop(ctx.p, grad_output, state), None, None
