@@ -11,24 +11,45 @@ from make_step_tables import PAGES, updated
 from memory_helpers import allocator_bytes
 
 from velora.bench import cli
-from velora.bench.step import POINTS, REFERENCE, Candidate, Wishes, compare_points, frontier, random_batch, table
+from velora.bench.step import (
+    ACTIVATIONS,
+    POINTS,
+    REFERENCE,
+    Candidate,
+    Wishes,
+    compare_points,
+    frontier,
+    random_batch,
+    table,
+)
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-QUICK = Wishes(CPU, repeats=2, overrides=("task.max_length=16", "model.architecture.num_hidden_layers=1"))
+QUICK = Wishes(CPU, repeats=2, overrides=("task.max_length=16", "model.architecture.num_hidden_layers=2"))
 
 
 @pytest.fixture(scope="module")
 def record() -> dict:
-    return compare_points("llama_tiny", ["velora", "velora_all"], QUICK)
+    return compare_points("llama_tiny", list(POINTS), QUICK)
 
 
-def test_the_forward_is_that_of_exact_and_only_gradients_with_velora_differ(record):
+def test_the_loss_is_that_of_exact_and_only_gradients_with_velora_differ(record):
+    assert list(record["points"]) == list(POINTS)
     for name, point in record["points"].items():
         differ = point["gradients_differ"]
-        assert point["loss_difference"] == 0.0  # the same operations on the same numbers
-        assert differ["elsewhere"] == 0.0
-        assert (differ["with_velora"] > 0.01) == (name != REFERENCE)
+        # the same operations on the same numbers, but for the sums of lean norms and losses: some units of fp32's last place
+        tolerance = 0.0 if name in ACTIVATIONS or name.endswith("checkpoint") else 1e-5
+        assert abs(point["loss_difference"]) <= tolerance
+        assert differ["elsewhere"] <= 10 * tolerance
+        assert (differ["with_velora"] > 0.01) == name.startswith("velora")
+
+
+def test_each_step_along_recompute_keeps_less(record):
+    for activations in ACTIVATIONS:
+        levels = [
+            record["points"][f"{activations}{level}"]["bytes_ratio"] for level in ("", "+lean", "+mlp", "+blocks")
+        ]
+        assert levels == sorted(set(levels), reverse=True)
 
 
 @pytest.mark.parametrize("point", ["exact", "velora_all"])

@@ -139,8 +139,8 @@ def test_two_sentences_say_what_the_records_say(tmp_path, capsys):
     assert report(tmp_path, tmp_path, figures=False, takeaway=True) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "As fast as full training, small keeps 40% of its bytes for the backward pass at 0.98 of its speed; tiny keeps 10% of its "
-        "bytes for the backward pass at 0.70 of its speed, the least of all. In these runs of one length and few seeds tiny learned as "
-        "well as full training (a validation loss within 0.5% of its 2.000); small learned worse (2.500)."
+        "bytes for the backward pass at 0.70 of its speed, the least of all. In these runs of one length and few seeds tiny "
+        "learned as well as full training (a validation loss within 0.5% of its 2.000); small learned worse (2.500)."
     )
 
 
