@@ -97,14 +97,14 @@ def forget(device: torch.device) -> None:
 def text(found: dict[str, Any]) -> str:
     """One line of the table."""
     peak, printed, overrides = found["peak_allocated_bytes"], found["paper"], found["overrides"]
-    name = " ".join(overrides[:2] if printed else [*overrides[:2], *OURS])
+    name = " ".join([*overrides[:2], *(OURS if set(OURS) <= set(overrides) else ())])
     memory = "-" if peak is None else f"{peak / 1e9:.2f} GB"
     paper = f" (paper: {printed['steps_per_second']} it/s, {printed['memory_gb']} GB)" if printed else ""
     return f"{name}: {found['steps_per_second']:.2f} it/s, {memory}{paper}"
 
 
 def _printed(config: Config, row: Row) -> dict[str, float]:
-    """The paper's figures of this row; none for ours."""
-    if config.experiment is None or set(OURS) <= set(row):
+    """The paper's figures of this row; none for ours and for tiny networks."""
+    if config.experiment is None or set(OURS) <= set(row) or set(TINY) <= set(row):
         return {}
     return dict(config.experiment.paper.get(f"{config.task.name} {config.model.name}", {}))
