@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test check bench install clean
+.PHONY: help demo test check bench gpu install clean
 
 help:
-	@echo "make demo    full training, VeLoRA and gradient checkpointing on this machine, then a table and a picture (3 to 5 minutes)"
+	@echo "make demo    full training, VeLoRA, and what is computed again, on this machine; a table, a picture and two sentences (4 to 5 minutes)"
 	@echo "make test    the test suite; no network, no GPU"
 	@echo "make check   lint, format and types"
-	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA"
+	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA, and of whole steps; into BENCH=runs/bench (half an hour)"
+	@echo "make gpu     all that needs a GPU, in under ten minutes; appends to runs/records/gpu"
 	@echo "make install CONSTRAINTS=   the newest versions that pyproject.toml allows, instead of the tested ones"
 
 # The versions in constraints.txt are the tested ones. CONSTRAINTS= installs the newest that pyproject.toml allows.
@@ -27,7 +28,8 @@ install: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/velora-train -m experiment=demo method=full,velora,velora_all,checkpoint
-	$(BIN)/velora-report runs/demo
+	$(BIN)/velora-train -m experiment=demo method=velora_all recompute=lean,mlp,blocks 'name=demo/$${method.name}-$${recompute.kind}'
+	$(BIN)/velora-report runs/demo --takeaway
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -37,8 +39,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+BENCH ?= runs/bench
+
 bench: $(STAMP)
-	$(BIN)/velora-bench
+	$(BIN)/velora-bench operator --json $(BENCH)/operator.json
+	$(BIN)/velora-bench step --json '$(BENCH)/step_{model}.json' --picture '$(BENCH)/step_{model}.png'
+
+gpu: $(STAMP)
+	$(BIN)/velora-bench gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from velora import bench
+from velora.bench import cli, machine, operator
 
 
 def test_record(tmp_path, capsys):
     pytest.importorskip("peft.tuners.lora.velora")
     file = tmp_path / "new" / "bench.json"
-    assert bench.main(["--shape", "16,12,8,3", "--shape", "4,8,6,1", "--repeats", "2", "--json", str(file)]) == 0
+    assert cli.main(["--shape", "16,12,8,3", "--shape", "4,8,6,1", "--repeats", "2", "--json", str(file)]) == 0
     record = json.loads(file.read_text())
     assert [row["shape"] for row in record["results"]] == [
         {"N": 16, "D": 12, "M": 8, "G": 3},
@@ -37,8 +37,23 @@ def test_candidates_run_in_turn():
 
     order = []
     candidates = {name: lambda name=name: order.append(name) for name in ("VeloraLinear", "other")}
-    bench.timed(candidates, repeats=2, device=torch.device("cpu"))
-    assert order == ["VeloraLinear", "other"] * (bench.WARM_UP + 2)
+    operator.timed(candidates, repeats=2, device=torch.device("cpu"))
+    assert order == ["VeloraLinear", "other"] * (machine.WARM_UP + 2)
+
+
+def test_what_follows_a_step_is_not_timed(monkeypatch):
+    import torch
+
+    now = [0.0]
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds):
+        now[0] += seconds
+
+    times = machine.in_turn(
+        {"a": lambda: takes(2.0), "b": lambda: takes(3.0)}, 2, torch.device("cpu"), warm_up=1, tidy=lambda _name: takes(50.0)
+    )  # fmt: skip
+    assert times == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
 
 
 @pytest.mark.parametrize(
@@ -50,25 +65,56 @@ def test_candidates_run_in_turn():
         (["--dtype", "int8"], "invalid choice"),
         (["sideways"], "invalid choice"),
         (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["step", "--model", "llama_60m,gpt"], "'gpt' is not one of llama_60m"),
+        (["step", "--points", "velora_all+more"], "'velora_all+more' is not one of exact"),
+        (["gpu", "--parts", "everything"], "'everything' is not one of tests"),
+        (["gpu", "--minutes", "soon"], "must be a positive integer"),
     ],
 )
 def test_wrong_arguments_exit_with_2(arguments, sentence, capsys):
     with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments)
+        cli.main(arguments)
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert sentence in said
     assert len(said.splitlines()) == 1
 
 
-def test_a_missing_device_is_one_sentence(capsys):
-    assert bench.main(["--device", "warp", "--shape", "4,8,4,2"]) == 2
-    assert "velora-bench: --device warp is not available here" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--points", "exact"], "--points has no effect on `operator`; it belongs to `step`"),
+        (["step", "--shape", "4,8,4,2"], "--shape has no effect on `step`; it belongs to `operator`"),
+        (["gpu", "--json", "file"], "--json has no effect on `gpu`; it belongs to `operator`, `step`"),
+        (["operator", "seed=1"], "seed=1 has no effect on `operator`; it belongs to `step`"),
+        (["step", "--json", "one.json"], "--json one.json is one file for 3 models; write {model} in its name"),
+        (["step", "--model", "llama_tiny", "trainer.batch_sise=2"], "trainer.batch_sise"),
+        (["gpu", "--device", "cpu"], "--device cpu runs the parts of `gpu` with --tiny only"),
+        (["--device", "warp", "--shape", "4,8,4,2"], "--device warp is not available here"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(arguments, sentence, capsys):
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("velora-bench: ")
+    assert sentence in said
+    assert len(said.splitlines()) == 1
+
+
+def test_without_a_gpu_its_benchmarks_are_one_sentence(capsys, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert cli.main(["gpu", "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("velora-bench: --device cuda is not available here (")
+    assert len(said.splitlines()) == 1
 
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys, velora.bench as b\n"
+        "import sys, velora.bench.cli as b\n"
         "try: b.main(['--help'])\n"
         "except SystemExit as stop: assert stop.code == 0\n"
         "assert 'torch' not in sys.modules and 'peft' not in sys.modules\n"
@@ -76,11 +122,16 @@ def test_help_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_measuring(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "operator", lambda *_: pytest.fail("it measured first"))
+@pytest.mark.parametrize("mode", ["operator", "step"])
+def test_a_file_that_cannot_be_written_is_refused_before_measuring(mode, tmp_path, monkeypatch, capsys):
+    from velora.bench import step
+
+    monkeypatch.setattr(operator, "operator", lambda *_args, **_options: pytest.fail("it measured first"))
+    monkeypatch.setattr(step, "compare_points", lambda *_: pytest.fail("it measured first"))
     (tmp_path / "file").write_text("")
-    assert bench.main(["--json", str(tmp_path / "file" / "bench.json")]) == 2
-    assert bench.main(["--json", str(tmp_path)]) == 2
+    more = ["--model", "llama_tiny"] if mode == "step" else []
+    assert cli.main([mode, *more, "--json", str(tmp_path / "file" / "bench.json")]) == 2
+    assert cli.main([mode, *more, "--json", str(tmp_path)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert all(line.startswith("velora-bench: --json ") and "cannot be written" in line for line in said)

@@ -12,8 +12,9 @@ from statistics import stdev
 import pytest
 
 from velora.report.cli import report
-from velora.report.records import read_records
+from velora.report.records import Record, read_records
 from velora.report.tables import markdown, tables
+from velora.report.takeaway import takeaway
 from velora.report.text import for_markdown, for_terminal, human_bytes, summary
 
 
@@ -108,6 +109,52 @@ def test_what_an_experiment_says_about_itself_is_told_once(folder, capsys):
     assert report(folder, folder, figures=False) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "small: two rates were tried | one seed"
     assert (folder / "report.md").read_text().endswith("\nsmall: two rates were tried \\| one seed\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "label"),
+    [
+        ("demo/velora_all", "velora_all", "velora_all"),
+        ("demo/velora_all-lean", "velora_all", "velora_all (lean)"),
+        ("table2/velora_full", "velora", "velora"),
+        ("manual-llama-velora-activations.layers=all", "velora", "velora (activations.layers=all)"),
+    ],
+)
+def test_labels(name, method, label):
+    assert Record(Path(), {"name": name, "method": method}).label == label
+
+
+def learned(folder: Path, method: str, kept: float, speed: float, loss: float, **changes) -> None:
+    """A run that keeps `kept` MiB for backward and ends at a validation loss."""
+    memory = {"saved_for_backward_bytes": int(kept * 2**20), "weights_bytes": 1}
+    scores = {"loss": loss, "best": {"loss": loss, "step": 3, "epoch": 1.0}}
+    write(folder, method, 0, 0.5, speed, metrics=scores, memory=memory, **changes)
+
+
+def test_two_sentences_say_what_the_records_say(tmp_path, capsys):
+    learned(tmp_path, "full", 100, 10.0, 2.0)
+    learned(tmp_path, "small", 40, 9.8, 2.5)
+    learned(tmp_path, "tiny", 10, 7.0, 2.001)
+    learned(tmp_path, "large", 90, 20.0, 2.3)
+    assert report(tmp_path, tmp_path, figures=False, takeaway=True) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "As fast as full training, small keeps 40% of its bytes for the backward pass at 0.98 of its speed; tiny keeps 10% of its "
+        "bytes for the backward pass at 0.70 of its speed, the least of all. In these runs of one length and few seeds tiny "
+        "learned as well as full training (a validation loss within 0.5% of its 2.000); small learned worse (2.500)."
+    )
+
+
+def test_two_sentences_where_nothing_is_gained(tmp_path):
+    learned(tmp_path, "full", 100, 10.0, 2.0)
+    learned(tmp_path, "a", 100, 10.0, 1.5)
+    learned(tmp_path, "b", 80, 5.0, 2.5)
+    said = takeaway(read_records(tmp_path)[0])
+    assert said.startswith("Nothing here saves bytes at the speed of full training; b keeps 80% ")
+    assert "few seeds nothing learned as well as full training" in said
+
+
+def test_no_sentences_without_something_to_compare(folder):
+    assert takeaway(read_records(folder)[0]) == ""
 
 
 def test_text():

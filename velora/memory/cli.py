@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _take_folder(options.save)
         from velora.memory.explain import Questions, explain
 
-        _quiet()
+        quiet()
         questions = Questions(options.device, options.padded, not options.no_ledger, options.measure, fit_bytes)
         explanation = explain(config, questions)
         found.append(explanation)
@@ -217,7 +217,8 @@ def _take_folder(folder: Path) -> None:
         raise ConfigError(f"--save {folder} cannot be written ({error.strerror}); name another folder") from None
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Keep libraries from talking beside a table."""
     import logging
     import warnings
 

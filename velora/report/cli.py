@@ -22,14 +22,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where report.md and the figures go (default: the folder itself)")
     parser.add_argument("--no-figures", action="store_true", help="tables only")
+    parser.add_argument(
+        "--takeaway",
+        action="store_true",
+        help="end with two sentences: what is kept at which speed, and what that costs",
+    )
     arguments = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±"
-    sys.exit(report(arguments.folder, arguments.out or arguments.folder, not arguments.no_figures))
+    out = arguments.out or arguments.folder
+    sys.exit(report(arguments.folder, out, not arguments.no_figures, takeaway=arguments.takeaway))
 
 
-def report(folder: Path, out: Path, figures: bool) -> int:
+def report(folder: Path, out: Path, figures: bool, *, takeaway: bool = False) -> int:
     """Print the tables and write report.md and the figures; returns the exit status."""
     from velora.report.records import read_records
     from velora.report.tables import notes, tables
@@ -64,4 +70,8 @@ def report(folder: Path, out: Path, figures: bool) -> int:
         print(for_terminal(f"{title}: {path}"))
     print(f"report: {out / 'report.md'}")
     print(notes(records, for_terminal), end="")
+    if takeaway:
+        from velora.report.takeaway import takeaway as in_two_sentences
+
+        print(in_two_sentences(records), end="")
     return 0

@@ -48,7 +48,10 @@ class Record:
     @property
     def label(self) -> str:
         """The method, and what the name of the run says beyond task, model and method (a swept value)."""
-        _, _, rest = self["name"].partition(f"-{self['method']}")
+        method, last = self["method"], self["name"].rpartition("/")[2]
+        _, _, rest = self["name"].partition(f"-{method}")
+        if last.startswith(f"{method}-"):  # named by hand: demo/velora_all-lean
+            rest = last.removeprefix(method)
         return self["method"] + (f" ({rest.strip('-')})" if rest.strip("-") else "")
 
     def curve(self, key: str) -> tuple[list[int], list[float]]:

@@ -1,0 +1,205 @@
+"""velora-bench: speed and bytes.
+
+    velora-bench                                     one layer (operator) with VeLoRA and without, beside PEFT's
+    velora-bench step                                whole steps: what is kept x what is computed again
+    velora-bench step --model llama_60m --points velora_all,velora_all+lean trainer.batch_size=8
+    velora-bench gpu                                 all that needs a GPU, in under ten minutes
+
+The candidates run in turn, A B C A B C ..., so that whatever else the machine does meets all of them alike; what is
+reported is the median over the rounds and ratios of medians. Of a layer N is tokens, D in-features, M out-features, G groups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from velora.bench.operator import SHAPES
+from velora.bench.step import DEFAULT_MODELS, POINTS, SETTINGS
+from velora.cli import Parser, report
+from velora.errors import ConfigError
+
+GPU_PARTS = ("tests", "operator", "step", "table7", "estimate")
+MODES = ("operator", "step", "gpu")
+OPTIONS = {
+    "shape": ("operator",), "model": ("step",), "points": ("step",), "picture": ("step",), "optimizer": ("step",),
+    "json": ("operator", "step"), "repeats": ("operator", "step"), "dtype": ("operator", "step"),
+    "out": ("gpu",), "parts": ("gpu",), "minutes": ("gpu",), "tiny": ("gpu",), "overrides": ("step",),
+}  # fmt: skip
+"""Options that not every mode has."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console script `velora-bench`; returns the exit status."""
+    arguments = _parser().parse_intermixed_args(argv)
+    try:
+        _check(arguments)
+        return {"operator": _operator, "step": _step, "gpu": _gpu}[arguments.mode](arguments)
+    except ConfigError as error:
+        return report("velora-bench", str(error), 2)
+    except _NotWritten as error:
+        return report("velora-bench", str(error), 1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("velora-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=MODES, default="operator", help="operator is the default")
+    parser.add_argument("overrides", nargs="*", help="step: overrides of velora-train, for all points")
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cpu, and cuda of gpu")
+    parser.add_argument("--threads", type=_positive, metavar="T", help="CPU threads of torch (all)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32")
+    parser.add_argument("--repeats", type=_positive, metavar="R", help="measured rounds (operator: 20, step: 9)")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the record there, too; {model} stands for the model's name"
+    )
+    shapes = "\n".join(f"  {','.join(map(str, shape))}  {what}" for shape, what in SHAPES.items())
+    group = parser.add_argument_group("operator")
+    group.add_argument(
+        "--shape", type=_shape, action="append", metavar="N,D,M,G", help=f"repeatable; default:\n{shapes}"
+    )
+    group = parser.add_argument_group("step")
+    group.add_argument(
+        "--model", type=_among(SETTINGS), metavar="A,B", help=f"default: {','.join(DEFAULT_MODELS)};\nalso llama_tiny"
+    )
+    group.add_argument("--points", type=_among(POINTS), metavar="A,B", help="default: all:\n" + "\n".join(POINTS))
+    group.add_argument("--optimizer", action="store_const", const=True, help="with the optimiser's step (AdamW)")
+    group.add_argument(
+        "--picture", metavar="FILE", help="draw bytes against time, with the frontier; {model} as in --json"
+    )
+    group = parser.add_argument_group("gpu")
+    group.add_argument("--parts", type=_among(GPU_PARTS), metavar="A,B", help=f"default: {','.join(GPU_PARTS)}")
+    group.add_argument("--out", type=Path, metavar="DIR", help="records are appended there (runs/records/gpu)")
+    group.add_argument("--minutes", type=_positive, help="what has not begun by then is not run, and named (9)")
+    group.add_argument(
+        "--tiny", action="store_const", const=True, help="tiny networks, to see that it all works, also on a CPU"
+    )
+    return parser
+
+
+def _shape(text: str) -> tuple[int, int, int, int]:
+    try:
+        n, d, m, g = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be four integers N,D,M,G") from None
+    if min(n, d, m, g) < 1 or d % g:
+        raise argparse.ArgumentTypeError(f"{text!r}: N, D, M, G must be positive and G={g} must divide D={d}")
+    return n, d, m, g
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    return int(text)
+
+
+def _among(known: Any) -> Any:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        if wrong := [name for name in found if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(map(repr, wrong))} is not one of {', '.join(known)}")
+        return list(dict.fromkeys(found))
+
+    return names
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """ConfigError for an option that would have no effect."""
+    for name, modes in OPTIONS.items():
+        if getattr(arguments, name) and arguments.mode not in modes:
+            given = " ".join(arguments.overrides) if name == "overrides" else f"--{name}"
+            raise ConfigError(f"{given} has no effect on `{arguments.mode}`; it belongs to `{'`, `'.join(modes)}`")
+
+
+class _NotWritten(Exception):
+    """Its sentence names the file; the measurement itself went well."""
+
+
+def _take_file(option: str, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"{option} {file} cannot be written ({error.strerror}); name another file") from None
+
+
+def _write(record: dict[str, Any], file: Path) -> None:
+    try:
+        file.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise _NotWritten(f"--json {file} cannot be written ({error.strerror})") from None
+
+
+def _operator(arguments: argparse.Namespace) -> int:
+    from velora.bench.operator import operator
+
+    if arguments.json is not None:
+        _take_file("--json", Path(arguments.json))  # before the minutes of measuring
+    record = operator(
+        arguments.shape or list(SHAPES), device_name=arguments.device or "cpu", dtype_name=arguments.dtype or "float32",
+        repeats=arguments.repeats or 20, threads=arguments.threads,
+    )  # fmt: skip
+    if arguments.json is not None:
+        _write(record, Path(arguments.json))
+    return 0
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    from velora.bench.machine import device_called
+    from velora.bench.step import Wishes, compare_points, table
+    from velora.memory.cli import quiet
+    from velora.run.environment import git_state, versions
+
+    models = arguments.model or list(DEFAULT_MODELS)
+    files = {option: _files(option, getattr(arguments, option), models) for option in ("json", "picture")}
+    wishes = Wishes(
+        device_called(arguments.device or "cpu", arguments.threads), arguments.dtype or "float32", arguments.repeats or 9,
+        bool(arguments.optimizer), tuple(arguments.overrides),
+    )  # fmt: skip
+    quiet()
+    for model in models:
+        record = compare_points(model, arguments.points or list(POINTS), wishes)
+        record |= {"versions": versions(), "git": git_state(), "command": " ".join(["velora-bench", *sys.argv[1:]])}
+        print(table(record), end="\n\n", flush=True)
+        if arguments.json is not None:
+            _write(record, files["json"][model])
+        if arguments.picture is not None:
+            from velora.bench.picture import draw
+
+            try:
+                draw(record, files["picture"][model])
+            except OSError as error:
+                raise _NotWritten(f"--picture {files['picture'][model]} cannot be written ({error.strerror})") from None
+    return 0
+
+
+def _files(option: str, given: str | None, models: list[str]) -> dict[str, Path]:
+    """The file of each model; ConfigError before the minutes of measuring."""
+    if given is None:
+        return {}
+    if len(models) > 1 and "{model}" not in given:
+        raise ConfigError(f"--{option} {given} is one file for {len(models)} models; write {{model}} in its name")
+    files = {model: Path(given.replace("{model}", model)) for model in models}
+    for file in files.values():
+        _take_file(f"--{option}", file)
+    return files
+
+
+def _gpu(arguments: argparse.Namespace) -> int:
+    from velora.bench.gpu import Job, earlier, run_gpu
+    from velora.bench.machine import device_called
+    from velora.memory.cli import quiet
+
+    parts = arguments.parts or list(GPU_PARTS)
+    if arguments.device == "cpu" and not arguments.tiny:
+        raise ConfigError("--device cpu runs the parts of `gpu` with --tiny only, to see that they work; give both")
+    device = device_called(arguments.device or "cuda", arguments.threads)
+    out = arguments.out or Path("runs/records/gpu")
+    for part in parts:
+        earlier(out / f"{part}.json")  # before the minutes of measuring
+    quiet()
+    job = Job(device, bool(arguments.tiny), 60.0 * (arguments.minutes or 9))
+    return run_gpu(job, parts, out)
