@@ -60,7 +60,8 @@ def what_would_be_freed(
     """What each choice frees, out of the ledger of a model in which the chosen layers are still plain.
 
     `choices` maps a name (a role, a method) to module paths. `sub_token_sizes` maps module paths to S; the codes
-    of a layer are its input over S, and 0 bytes where no size is given.
+    of a layer are its input over S, once for all that read the same input with the same S (random directions are not shared), and
+    0 bytes where no size is given.
     """
     swappable = {path for paths in choices.values() for path in paths}
     return [_freed(ledger, name, set(paths), swappable, sub_token_sizes or {}) for name, paths in choices.items()]
@@ -105,7 +106,8 @@ def _freed(
     for entry in _inputs_held_by(ledger, paths):
         inside = {holder.module for holder in entry.holders} & paths
         held += entry.num_bytes
-        codes += sum(entry.num_bytes // sub_token_sizes[path] for path in inside if path in sub_token_sizes)
+        sizes = {sub_token_sizes[path] for path in inside if path in sub_token_sizes}
+        codes += sum(entry.num_bytes // size for size in sizes)  # layers that read one tensor share their code
         others = [holder for holder in entry.holders if holder.module not in paths]
         if not others and not entry.outside_hook:
             freed += entry.num_bytes
