@@ -23,6 +23,7 @@ from velora.config.model import PretrainedModel, limits_of
 from velora.config.parts import Head, Modality
 from velora.errors import ConfigError
 from velora.models.hub import load
+from velora.models.quantised import read_quantised
 from velora.models.tokenizer import SENTINELS, check_length, check_vocabulary
 from velora.nn.head import is_within, new_parts
 from velora.run.notes import note
@@ -61,10 +62,16 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
         return network
     assert source is not None  # `problems` saw to it
 
+
     def read() -> Any:
+        if config.weights.quantised and not model.read_options():
+            found = read_quantised(auto_class, network_config, source, options, config)
+            if found is not None:
+                return found
         return auto_class.from_pretrained(
-            source, config=network_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+            source, config=network_config, output_loading_info=True, ignore_mismatched_sizes=True,
+            **options, **model.read_options(),
+        )  # fmt: skip
 
     return read_network(model.origin(), partial(_explaining_attention, model, read), local=Path(source).is_dir())
 
@@ -90,7 +97,8 @@ def _checkpoint_configuration(model: PretrainedModel) -> Any:
     assert source is not None
     found = load(
         model.origin(), "give model.path=DIR, a folder with a checkpoint",
-        lambda: transformers.AutoConfig.from_pretrained(source, trust_remote_code=False), local=Path(source).is_dir(),
+        lambda: transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **model.read_options()),
+        local=Path(source).is_dir(),
     )  # fmt: skip
     for sentence in impossible_sizes(found.to_dict()):
         raise ConfigError(f"{model.origin()}: {sentence} in its config.json; give a whole checkpoint")
