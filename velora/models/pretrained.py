@@ -7,6 +7,7 @@ them in another shape; they start from random weights then, and an adapter train
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 
 from velora.config.model import PretrainedModel, limits_of
@@ -68,12 +70,22 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
             found = read_quantised(auto_class, network_config, source, options, config)
             if found is not None:
                 return found
-        return auto_class.from_pretrained(
-            source, config=network_config, output_loading_info=True, ignore_mismatched_sizes=True,
+        found = auto_class.from_pretrained(
+            source, config=copy.deepcopy(network_config), output_loading_info=True, ignore_mismatched_sizes=True,
             **options, **model.read_options(),
         )  # fmt: skip
+        return as_dense(*found, auto_class, network_config, options) if model.read_options() else found
 
     return read_network(model.origin(), partial(_explaining_attention, model, read), local=Path(source).is_dir())
+
+
+def as_dense(network: Any, info: Any, auto_class: Any, network_config: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The same network without the mark of a quantised file, which the weights in memory are not: Trainer refuses it."""
+    with init_empty_weights(include_buffers=False):
+        plain = auto_class.from_config(network_config, **options)
+    plain.load_state_dict(network.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain.eval(), info
 
 
 def described(model: PretrainedModel) -> dict[str, Any]:
