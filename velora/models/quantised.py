@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from velora.errors import ConfigError
-from velora.nn.head import head_names
+from velora.nn.head import head_names, is_within
 from velora.nn.quantised import quantise_linear
 
 if TYPE_CHECKING:
@@ -94,16 +94,18 @@ def _fill(network: nn.Module, shards: list[Path], own: set[str], config: Config)
 
 def _place(network: nn.Module, name: str, tensor: Tensor, keep: list[str], weights: Any, config: Config) -> None:
     """One tensor of a file into its module, in four bits where that is a linear layer's weight."""
-    if not tensor.isfinite().all():
+    if not all(bound.isfinite() for bound in tensor.aminmax()):  # no temporary tensor of this size
         raise ConfigError(
             f"{config.model.origin()}: the weights {name} are not finite (NaN, or beyond the range of {tensor.dtype}); "  # type: ignore[attr-defined]
             "give a whole checkpoint"
         )
     path, _, kind = name.rpartition(".")
     module = network.get_submodule(path)
-    dense = tensor.to(weights.dense_dtype(), copy=True)  # a copy of its own: the file stays mapped no longer than it is read
-    setattr(module, kind, nn.Parameter(dense, requires_grad=getattr(module, kind).requires_grad))
-    if kind != "weight" or type(module) is not nn.Linear or any(path == k or path.startswith(k + ".") for k in keep):
+    is_dense = kind != "weight" or type(module) is not nn.Linear or is_within(path, keep)
+    # what stays is a copy of its own: the file is mapped no longer than it is read
+    values = tensor.to(weights.dense_dtype(), copy=is_dense)
+    setattr(module, kind, nn.Parameter(values, requires_grad=getattr(module, kind).requires_grad))
+    if is_dense:
         return
     layer = quantise_linear(module, **weights.quantisation(config))  # a bias may still be to come
     parent, _, child = path.rpartition(".")
