@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_a_token_across_the_border_is_predicted() -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = sorted(set(PLAIN + "\n4")) + ["<end>", "\n\n"]
+    letters = [*sorted(set(PLAIN + "\n4")), "<end>", "\n\n"]
     vocabulary = {letter: i for i, letter in enumerate(letters)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\n", "\n")]))
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
@@ -228,9 +229,8 @@ def test_the_real_file(shared_data: Path) -> None:
 )
 def test_malformed_files_are_refused(tmp_path: Path, rows: Any, sentence: str) -> None:
     write(tmp_path, rows)
-    with pytest.raises(ConfigError, match=".*") as caught:
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
         loaded(tmp_path)
-    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"[{", b"\xff\xfe", b"\x1f\x8b broken"])

@@ -170,13 +170,15 @@ TOGETHER = {
         "model=smollm2_135m model.path=.", ("model.path=.: model=smollm2_135m", "model=causal_lm")
     ),
     "package of a decoder without its architecture": Bad(
-        "model=smollm2_135m model.architecture=null", ("model.architecture=null: model=smollm2_135m", "leave it as it is")
+        "model=smollm2_135m model.architecture=null",
+        ("model.architecture=null: model=smollm2_135m", "leave it as it is"),
     ),
     "instructions that are not there": Bad(
         "task=alpaca method=lora data.root=.", ("data.root=. has no alpaca/alpaca_data.json", "task.file=NAME")
     ),
     "instructions of another name": Bad(
-        "task=alpaca method=lora data.root=. task.file=x.json", ("data.root=. has no alpaca/x.json", "another data.root")
+        "task=alpaca method=lora data.root=. task.file=x.json",
+        ("data.root=. has no alpaca/x.json", "another data.root"),
     ),
     "more evaluated than held out": Bad(
         "task=alpaca method=lora task.eval_size=2000", ("task.eval_size=2000 is more than", "task.held_out=1024")

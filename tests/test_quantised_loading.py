@@ -127,7 +127,9 @@ def test_other_checkpoints_are_read_as_before(tmp_path: Path) -> None:
     state = load_file(file)
     del state["model.layers.3.mlp.up_proj.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match="1 parameters are missing or of another shape, model.layers.3.mlp.up_proj"):
+    with pytest.raises(
+        ConfigError, match=r"1 parameters are missing or of another shape, model\.layers\.3\.mlp\.up_proj"
+    ):
         built(run(tmp_path))
 
 
@@ -161,7 +163,11 @@ def test_gradients_over_four_bits_are_those_over_the_dequantised_weights(tmp_pat
     from velora.nn.quantised import dense_linear
 
     checkpoint(tmp_path)
-    velora = ("adapter.targets=[query,value,up,down]", "activations.layers=[value,down]", "activations.sub_token_size=16")
+    velora = (
+        "adapter.targets=[query,value,up,down]",
+        "activations.layers=[value,down]",
+        "activations.sub_token_size=16",
+    )
     four = run(tmp_path, "method=qlora_velora", "weights.dtype=fp32", *velora)
     network, _ = build_network(four, four.task.head(four), Tokenizer())
     with torch.no_grad():  # B starts at zero, which would hide A

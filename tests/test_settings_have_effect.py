@@ -280,7 +280,9 @@ PARTS["model=minilm"] = {
 }
 PARTS["model=smollm2"] = {
     **PARTS["model=encoder"],
-    **{key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused, but the last
+    **{
+        key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")
+    },  # refused, but the last
 }
 
 EFFECTS: dict[str, Any] = {

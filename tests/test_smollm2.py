@@ -15,7 +15,18 @@ from velora.config.run import Config
 from velora.errors import ConfigError
 from velora.models.build import build_network
 
-METHODS = ("full", "velora", "velora_all", "lora", "lora_velora", "qlora", "qlora_velora", "galore", "flora", "checkpoint")
+METHODS = (
+    "full",
+    "velora",
+    "velora_all",
+    "lora",
+    "lora_velora",
+    "qlora",
+    "qlora_velora",
+    "galore",
+    "flora",
+    "checkpoint",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +61,10 @@ def test_the_tokenizer() -> None:
     assert words("A")["input_ids"] == [49]
     assert words(" A")["input_ids"] == [330]
     assert len(words("2026")["input_ids"]) == 4
-    assert (words.eos_token, words.pad_token) == ("<|im_end|>", "<|endoftext|>")  # the end token trains, the other does not
+    assert (words.eos_token, words.pad_token) == (
+        "<|im_end|>",
+        "<|endoftext|>",
+    )  # the end token trains, the other does not
     assert words.decode(words("Text, näher 1\n\n2")["input_ids"]) == "Text, näher 1\n\n2"
     assert words.convert_tokens_to_ids("<|im_end|>") not in words("<|im_end|>")["input_ids"]  # text is text
 

@@ -212,8 +212,8 @@ class SmolLM2(PretrainedModel):
         if self.path is not None:
             yield f"model.path={self.path}: model={self.name} is the network inside its package; use model=causal_lm for a folder"
         for key, value in (("tokenizer", "package"), ("tokenizer_folder", None)):
-            if getattr(self, key) != value:
-                yield f"model.{key}={getattr(self, key)}: model={self.name} has that in its package; use model=causal_lm to change it"
+            if (given := getattr(self, key)) != value:
+                yield f"model.{key}={given}: model={self.name} has that in its package; use model=causal_lm to change it"
         if self.architecture is None:
             yield f"model.architecture=null: model={self.name} is described by it; leave it as it is"
 

@@ -126,7 +126,9 @@ def _say_left_out(task: Alpaca, sides: dict[str, list[Example]], chosen: dict[st
     """A note of the rows that nothing is left to predict of; ConfigError where no other is left."""
     for side, examples in sides.items():
         left_out = len(examples) - len(chosen[side])
-        where = f"task.max_length={task.max_length}: the prompts of {left_out} rows ({side}) leave no room for an answer"
+        where = (
+            f"task.max_length={task.max_length}: the prompts of {left_out} rows ({side}) leave no room for an answer"
+        )
         if not chosen[side]:
             raise ConfigError(f"{where}, and there are no others; give a larger one, or task.train_on=text")
         if left_out:

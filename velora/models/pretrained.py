@@ -64,7 +64,6 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
         return network
     assert source is not None  # `problems` saw to it
 
-
     def read() -> Any:
         if config.weights.quantised and not model.read_options():
             found = read_quantised(auto_class, network_config, source, options, config)
@@ -74,15 +73,17 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
             source, config=copy.deepcopy(network_config), output_loading_info=True, ignore_mismatched_sizes=True,
             **options, **model.read_options(),
         )  # fmt: skip
-        return as_dense(*found, auto_class, network_config, options) if model.read_options() else found
+        return as_dense(found, auto_class, network_config, options) if model.read_options() else found
 
     return read_network(model.origin(), partial(_explaining_attention, model, read), local=Path(source).is_dir())
 
 
-def as_dense(network: Any, info: Any, auto_class: Any, network_config: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+def as_dense(found: tuple[Any, Any], auto_class: Any, network_config: Any, options: dict[str, Any]) -> tuple[Any, Any]:
     """The same network without the mark of a quantised file, which the weights in memory are not: Trainer refuses it."""
+    network_config.name_or_path = ""  # where PEFT would look for a config.json, which a gguf file has inside
     with init_empty_weights(include_buffers=False):
         plain = auto_class.from_config(network_config, **options)
+    network, info = found
     plain.load_state_dict(network.state_dict(), assign=True)
     plain.tie_weights()
     return plain.eval(), info

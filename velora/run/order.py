@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from velora.errors import ConfigError
 
-
 POOL_STEPS = 50  # of transformers' Trainer
 
 
