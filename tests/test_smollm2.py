@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from text_helpers import composed
 
-from velora.config.model import smollm2_folder
+from velora.config.model import SmolLM2, smollm2_folder
 from velora.config.run import Config
 from velora.errors import ConfigError
 from velora.models.build import build_network
@@ -92,9 +93,22 @@ def built(config: Config) -> Any:
     return build_network(config, config.task.head(config), tokenizer())[0]
 
 
+@functools.cache
+def read_once() -> Any:
+    """The network out of the package; to read it takes half a minute."""
+    config = run("method=full")
+    return config.model.build(config.task.head(config), tokenizer(), config)
+
+
+@pytest.fixture
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_once()
+    monkeypatch.setattr(SmolLM2, "build", lambda *_: copy.deepcopy(read_once()))
+
+
 @pytest.mark.slow
 def test_the_weights_are_those_of_a_language_model() -> None:
-    network = built(run("method=full"))
+    network = read_once()
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert network.config.rope_parameters["rope_theta"] == 100_000
     question = torch.tensor([tokenizer()("The capital of France is")["input_ids"]])
@@ -106,6 +120,7 @@ def test_the_weights_are_those_of_a_language_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_read_once")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_every_method(method: str) -> None:
     """Two steps lower the loss of the batch that they are taken on, and what should train has changed."""
@@ -117,7 +132,7 @@ def test_a_step_of_every_method(method: str) -> None:
     losses = []
     for _ in range(3):
         loss = network(**batch()).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
         optimizer.step()
@@ -127,6 +142,7 @@ def test_a_step_of_every_method(method: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_read_once")
 def test_an_adapter_over_four_bits_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
 
