@@ -174,6 +174,31 @@ TOGETHER = {
     "tokenizer for a package": Bad(
         "task=topics model=minilm model.tokenizer=byte", ("model.tokenizer=byte: model=minilm", "model=encoder")
     ),
+    "tokenizer for the package of a decoder": Bad(
+        "model=smollm2_135m model.tokenizer=byte", ("model.tokenizer=byte: model=smollm2_135m", "model=causal_lm")
+    ),
+    "folder for the package of a decoder": Bad(
+        "model=smollm2_135m model.path=.", ("model.path=.: model=smollm2_135m", "model=causal_lm")
+    ),
+    "package of a decoder without its architecture": Bad(
+        "model=smollm2_135m model.architecture=null",
+        ("model.architecture=null: model=smollm2_135m", "leave it as it is"),
+    ),
+    "instructions that are not there": Bad(
+        "task=alpaca method=lora data.root=.", ("data.root=. has no alpaca/alpaca_data.json", "task.file=NAME")
+    ),
+    "instructions of another name": Bad(
+        "task=alpaca method=lora data.root=. task.file=x.json",
+        ("data.root=. has no alpaca/x.json", "another data.root"),
+    ),
+    "more evaluated than held out": Bad(
+        "task=alpaca method=lora task.eval_size=2000", ("task.eval_size=2000 is more than", "task.held_out=1024")
+    ),
+    "loss on nothing": Bad("task=alpaca method=lora task.train_on=prompt", ("task.train_on=prompt", "answer")),
+    "instructions of one token": Bad(
+        "task=alpaca method=lora task.max_length=1", ("task.max_length=1", "give at least 2")
+    ),
+    "nothing held out": Bad("task=alpaca method=lora task.held_out=0", ("task.held_out=0", "greater than")),
     "sketch of nothing": Bad(
         "method=flora optimizer.beta1=null optimizer.layerwise=true optimizer.sketched=all "
         "trainer.max_grad_norm=null trainer.micro_batch_size=8",

@@ -9,7 +9,7 @@ from text_helpers import composed
 
 from velora.config.compose import conf_dir
 
-ROWS = [name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore"))]
+ROWS = [name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore", "qlora"))]
 OTHERS = {
     f"{group}={file.relative_to(conf_dir() / group).with_suffix('')}": overrides
     for group, overrides in {

@@ -260,6 +260,14 @@ PARTS: dict[str, dict[str, Any]] = {
             "folder", "eval_tokens", "data_seed", "shuffle_buffer", "hub", "hub_subset", "revision",
         )},
     },
+    "task=alpaca": {
+        "name": Label(),
+        "max_length": Shapes(32, "task=alpaca"),
+        "file": Read("config/task_alpaca.py"),
+        **{key: Read("data/alpaca.py") for key in (  # test_alpaca
+            "train_on", "group_by_length", "held_out", "eval_size", "data_seed", "hub", "revision",
+        )},
+    },
     "task=glue": {
         "name": Read("config/task_text.py"),  # which of the nine tasks it is
         "max_length": Shapes(32, "task=glue/sst2 method=full"),
@@ -277,6 +285,12 @@ PARTS["model=encoder"] |= {key: Read("models/pretrained.py") for key in ("archit
 PARTS["model=minilm"] = {
     **PARTS["model=encoder"],
     **{key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused
+}
+PARTS["model=smollm2"] = {
+    **PARTS["model=encoder"],
+    **{
+        key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")
+    },  # refused, but the last
 }
 
 EFFECTS: dict[str, Any] = {

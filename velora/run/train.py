@@ -152,7 +152,7 @@ class PhaseTrainer(Trainer):
             phase.train, data.collate,
             batch_size=config.trainer.batch_size, micro_batch_size=config.trainer.examples_per_forward,
             drop_last=config.trainer.drop_last, seed=config.seed,
-            rank=self.args.process_index, num_processes=self.args.world_size,
+            rank=self.args.process_index, num_processes=self.args.world_size, lengths=phase.lengths,
         )  # fmt: skip
 
     def fit(self, checkpoint: Path | None) -> None:
