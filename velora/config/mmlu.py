@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from velora.config.model import limits_of
 from velora.config.parts import Head, Task, TaskData
-from velora.errors import ConfigError
 
 if TYPE_CHECKING:
     from velora.config.run import Config
@@ -145,6 +144,4 @@ class MMLU(MMLUKeys, Task):
         return evaluation_only(self, preprocessor, config)
 
     def batch_shapes(self, batch_size: int, config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
-        raise ConfigError(
-            f"task={self.name} trains nothing, so there is no training memory to count; choose a task that trains"
-        )
+        return dict.fromkeys(("input_ids", "attention_mask"), ((batch_size, self.max_length), "int64"))
