@@ -176,10 +176,12 @@ TOGETHER = {
         ("task.subjects: astronmy is no subject of MMLU", "did you mean astronomy?"),
     ),
     "no subject": Bad(
-        "task=mmlu model=llama_60m task.max_length=1024 task.subjects=[]", ("task.subjects=[] asks nothing", "null for all 57")
+        "task=mmlu model=llama_60m task.max_length=1024 task.subjects=[]",
+        ("task.subjects=[] asks nothing", "null for all 57"),
     ),
     "more shots than there are": Bad(
-        "task=mmlu model=llama_60m task.max_length=1024 task.num_shots=6", ("task.num_shots=6", "less than or equal to 5")
+        "task=mmlu model=llama_60m task.max_length=1024 task.num_shots=6",
+        ("task.num_shots=6", "less than or equal to 5"),
     ),
     "no folder of questions": Bad(
         "task=mmlu model=llama_60m task.max_length=1024 data.root=data",

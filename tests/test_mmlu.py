@@ -55,7 +55,7 @@ def test_the_categories_are_the_harness_s_but_for_anatomy() -> None:
 
 
 def test_csv_as_published() -> None:
-    content = '"Say ""yes"",\nor no?",1,"a, b",None,,D\n'.encode()
+    content = b'"Say ""yes"",\nor no?",1,"a, b",None,,D\n'
     (found,) = read_csv(Path("x.csv"), content)
     assert (found.text, found.answers, found.gold) == ('Say "yes",\nor no?', ("1", "a, b", "None", ""), 3)
 
@@ -77,7 +77,7 @@ def test_damaged_files_are_named(content: bytes, says: str) -> None:
 
 def test_a_sample_is_the_same_in_every_run_and_draws_from_all_subjects(shared_data: Path) -> None:
     def sample(**values: Any) -> list[tuple[str, int]]:
-        return [(s.name, q.index) for s in read_subjects(keys(**values), shared_data)[0] for q in s.questions]
+        return [(s.name, q.row) for s in read_subjects(keys(**values), shared_data)[0] for q in s.questions]
 
     some = sample(questions=1000)
     assert len(set(some)) == 1000

@@ -44,7 +44,9 @@ def its_task(name: str, data: Path, folder: Path, limit: int | None) -> Any:
         with (data / "mmlu" / split / f"{name}_{split}.csv").open(newline="", encoding="utf-8") as file:
             rows = [{"question": r[0], "choices": r[1:5], "answer": "ABCD".index(r[5])} for r in csv.reader(file)]
         files[split] = str(folder / f"{name}_{split}.json")
-        Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows[: limit if split == "test" else None]))
+        Path(files[split]).write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[: limit if split == "test" else None])
+        )
     for key in ("include", "tag", "task_alias"):
         config.pop(key, None)
     config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, "num_fewshot": 5}

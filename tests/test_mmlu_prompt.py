@@ -91,7 +91,7 @@ def test_the_other_mode_has_one_blank_and_strips_questions(shared_data: Path) ->
 
 
 def test_letters_are_those_after_the_prompt(shared_data: Path) -> None:
-    """Pieces of sentencepiece by their text; LLaMA's "A" at the start of a text, 319, is " A" as well, and its bare "A" is 29909."""
+    """Pieces of sentencepiece by their text; LLaMA's " A" is 319, its bare "A" 29909."""
     tokenizer = llama(shared_data)
     prompt = prompts(subject(), keys(), Encoder(tokenizer))[0]
     assert tokenizer.convert_ids_to_tokens(list(prompt.letters)) == ["▁A", "▁B", "▁C", "▁D"]

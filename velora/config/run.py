@@ -282,7 +282,9 @@ class Config(Section):
     def _fits_together(self) -> Config:
         problems = list(self.trainer.problems())
         if self.trainer.max_steps == 0 and not self.task.evaluates_alone:
-            problems.append(f"trainer.max_steps=0: task={self.task.name} has no scores without a training; give at least 1")
+            problems.append(
+                f"trainer.max_steps=0: task={self.task.name} has no scores without a training; give at least 1"
+            )
         for group in GROUPS:
             part: Part = getattr(self, group)
             with blaming(group, part.kind):

@@ -11,6 +11,7 @@ import hashlib
 import io
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,9 @@ _COLUMNS = 6
 
 
 class Question(NamedTuple):
-    """One question of a subject; `index` is its place in the subject's split, `gold` the place of the right answer (0 to 3)."""
+    """One question of a subject; `row` is its place in the subject's split, `gold` the place of the right answer (0 to 3)."""
 
-    index: int
+    row: int
     text: str
     answers: tuple[str, ...]
     gold: int
@@ -57,10 +58,10 @@ def _sample(subjects: list[Subject], keys: MMLUKeys, total: int) -> list[Subject
     """Of all questions of all subjects so many as the keys say, each with the same chance; subjects without any go."""
     if keys.questions is None or keys.questions >= total:
         return subjects
-    every = [(subject.name, question.index) for subject in subjects for question in subject.questions]
+    every = [(subject.name, question.row) for subject in subjects for question in subject.questions]
     drawn = set(random.Random(keys.sample_seed).sample(every, keys.questions))
     kept = [
-        subject._replace(questions=tuple(q for q in subject.questions if (subject.name, q.index) in drawn))
+        subject._replace(questions=tuple(q for q in subject.questions if (subject.name, q.row) in drawn))
         for subject in subjects
     ]
     return [subject for subject in kept if subject.questions]
@@ -124,7 +125,7 @@ def _from_hub(keys: MMLUKeys) -> tuple[list[Subject], dict[str, Any]]:
     for name in keys.chosen:
         data = hub.load(
             f"the data set {keys.hub} (task.hub), {name},", remedy,
-            lambda name=name: load_dataset(keys.hub, name, revision=keys.revision), local=Path(keys.hub).exists(),
+            partial(load_dataset, keys.hub, name, revision=keys.revision), local=Path(keys.hub).exists(),
         )  # fmt: skip
         try:
             shots, questions = ([_hub_question(row, i) for i, row in enumerate(data[part])] for part in ("dev", split))

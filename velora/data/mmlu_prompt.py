@@ -44,7 +44,11 @@ def header(subject: str, mode: str) -> str:
 def example(question: Question, mode: str, *, solved: bool) -> str:
     """The question, its answers and "Answer:"; with its letter and an empty line if it is solved."""
     text = question.text if mode == "hendrycks" else question.text.strip()
-    lines = [text, *(f"{letter}. {answer}" for letter, answer in zip(LETTERS, question.answers, strict=True)), "Answer:"]
+    lines = [
+        text,
+        *(f"{letter}. {answer}" for letter, answer in zip(LETTERS, question.answers, strict=True)),
+        "Answer:",
+    ]
     return "\n".join(lines) + (f" {LETTERS[question.gold]}\n\n" if solved else "")
 
 
@@ -97,7 +101,7 @@ def split_choices(encoded: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of what all of them begin with."""
-    first, last = min(sequences), max(sequences)
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
     for i, (a, b) in enumerate(zip(first, last, strict=False)):
         if a != b:
             return i
@@ -121,7 +125,7 @@ def prompts(subject: Subject, keys: MMLUKeys, encoder: Encoder) -> list[Prompt]:
             return [found[i] for i in range(len(subject.questions))]
     question = subject.questions[todo[0]]
     raise ConfigError(
-        f"question {question.index} of {subject.name} has more than {keys.max_length} tokens (max_length) without any "
+        f"question {question.row} of {subject.name} has more than {keys.max_length} tokens (max_length) without any "
         "example; give a larger max_length, or other subjects"
     )
 

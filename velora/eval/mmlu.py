@@ -150,10 +150,12 @@ def _ask(
                 padding_id=asked[0].letters[0], share=share, after_batch=progress,
             )  # fmt: skip
         if not found.isfinite().all():
-            raise Diverged(f"the network's log-probabilities on MMLU's {subject.name} are not finite, so it has no score")
+            raise Diverged(
+                f"the network's log-probabilities on MMLU's {subject.name} are not finite, so it has no score"
+            )
         rows.update(zip(group, found.tolist(), strict=True))
     return [
-        Answer(subject.name, question.index, question.gold, rows[i], asked[i].num_shots)
+        Answer(subject.name, question.row, question.gold, rows[i], asked[i].num_shots)
         for i, question in enumerate(subject.questions)
     ]
 
@@ -179,7 +181,7 @@ def _continued(file: Path | None, header: dict[str, Any], subjects: list[Subject
     if found.get("digest") != header["digest"]:
         note(f"{file} holds answers to other questions, or of another network; they are asked again")
         return []
-    expected = [(s.name, q.index) for s in subjects for q in s.questions][: len(answers)]
+    expected = [(s.name, q.row) for s in subjects for q in s.questions][: len(answers)]
     if [(answer.subject, answer.index) for answer in answers] != expected:
         return []
     if answers:
@@ -212,7 +214,9 @@ def _say(answers: list[Answer], num_shots: int) -> None:
     fewer = [answer for answer in answers if answer.shots < num_shots]
     if fewer:
         dropped = sum(num_shots - answer.shots for answer in fewer)
-        note(f"{len(fewer)} of MMLU's prompts were too long for {num_shots} examples: {dropped} examples were dropped whole")
+        note(
+            f"{len(fewer)} of MMLU's prompts were too long for {num_shots} examples: {dropped} examples were dropped whole"
+        )
     chosen = {answer.choice for answer in answers}
     if len(chosen) == 1 and len(answers) >= ENOUGH_TO_TELL:
         note(f"the network answered {LETTERS[chosen.pop()]} to all of {len(answers)} questions of MMLU")

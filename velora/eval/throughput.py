@@ -62,7 +62,8 @@ def measured(config: Config, rounds: int) -> dict[str, Any]:
     """The record: questions a second of both ways, in all and for each subject, and how far their log-probabilities differ."""
     device = training_device(config)
     preprocessor = config.model.preprocessor(config)
-    benchmark: Benchmark = config.task.load(preprocessor, config).benchmark
+    benchmark = config.task.load(preprocessor, config).benchmark
+    assert isinstance(benchmark, Benchmark)
     network, _ = build_network(config, config.task.head(config), preprocessor)
     network = network.to(device).eval()
     rows = [_subject(network, benchmark, index, rounds, config) for index in range(len(benchmark.subjects))]
@@ -103,7 +104,11 @@ def _subject(network: nn.Module, benchmark: Benchmark, index: int, rounds: int, 
             started, cpu_started = time.perf_counter(), time.process_time()
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 found[way] = next_token_log_probs(
-                    network, contexts, asked[0].letters, batch_size=config.trainer.eval_batch_size, share=way == "shared"
+                    network,
+                    contexts,
+                    asked[0].letters,
+                    batch_size=config.trainer.eval_batch_size,
+                    share=way == "shared",
                 )
             times.append(time.perf_counter() - started)  # the figures are on the CPU by then
             cpu[way].append(time.process_time() - cpu_started)

@@ -58,7 +58,9 @@ def compare(a: Path, b: Path) -> Comparison:
     different = [key for key in _SHOULD_AGREE if header_a.get(key) != header_b.get(key)]
     if different:
         said = ", ".join(f"{key} is {header_a.get(key)} and {header_b.get(key)}" for key in different)
-        raise ConfigError(f"--compare-questions {a} {b}: these are different evaluations ({said}); give two of the same kind")
+        raise ConfigError(
+            f"--compare-questions {a} {b}: these are different evaluations ({said}); give two of the same kind"
+        )
     if answers_a.keys() != answers_b.keys() or any(answers_a[key].gold != answers_b[key].gold for key in answers_a):
         raise ConfigError(
             f"--compare-questions {a} {b}: they do not answer the same questions ({len(answers_a)} and {len(answers_b)}); "

@@ -46,9 +46,6 @@ from velora.run.schema import (
 from velora.run.tracker import Tracker
 
 
-ANSWERS = "mmlu"
-
-
 class Run:
     """The folder of one run. ConfigError, before anything is written, where it cannot be used.
 
@@ -106,12 +103,11 @@ class Run:
         return any(not checkpoints.damage(path, checksums=False) for path in self._checkpoints())
 
     def answers_file(self, step: int) -> Path:
-        """Where the benchmark after `step` steps keeps its answers, of which an interrupted one makes use."""
-        return self.folder / ANSWERS / f"step-{step}.jsonl"
+        """Where the benchmark after `step` steps keeps its answers; an interrupted one continues from them."""
+        return self.folder / "mmlu" / f"step-{step}.jsonl"
 
     def has_answers(self) -> bool:
-        """Whether a benchmark has been begun."""
-        return any(self.folder.glob(f"{ANSWERS}/step-*.jsonl"))
+        return any(self.folder.glob("mmlu/step-*.jsonl"))
 
     def start(self) -> None:
         """Clear what `overwrite` or `resume=never` gives up, and write the configuration."""
