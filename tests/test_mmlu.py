@@ -15,7 +15,7 @@ from text_helpers import stand_in
 
 from velora.config.mmlu import CATEGORIES, SUBJECTS
 from velora.data.mmlu import read_csv, read_subjects
-from velora.errors import ConfigError, Diverged, RunError
+from velora.errors import ConfigError, Diverged, Interrupted, RunError
 from velora.eval.mmlu import Benchmark, load_benchmark
 from velora.eval.questions import Answer, header_and_answers, scores
 
@@ -251,6 +251,57 @@ def test_evaluation_only(cli: Cli, root: Path) -> None:
     assert len((folder / "mmlu" / "step-0.jsonl").read_text().splitlines()) == 16
     again = cli(*TINY, f"data.root={root}")
     assert "holds this run already" in again.stdout
+
+
+def test_an_interrupted_run_continues(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import velora
+    import velora.eval.mmlu as module
+
+    def run(name: str) -> dict[str, Any]:
+        given = (*(o for o in TINY if not o.startswith("name=")), f"name={name}", f"data.root={root}")
+        return velora.train(velora.compose(*given, f"runs_dir={tmp_path / 'runs'}"))
+
+    expected = run("whole")["metrics"]
+    real, calls = module.next_token_log_probs, []
+
+    def stopped_in_the_third_subject(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt("stopped by SIGTERM")
+        return real(*args, **options)
+
+    monkeypatch.setattr(module, "next_token_log_probs", stopped_in_the_third_subject)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command continues it"):
+        run("cut")
+    assert run("cut")["metrics"] == expected
+    assert len(calls) == 4  # only the third subject was asked again
+    assert "11 questions were answered before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["velora", "qlora_velora"])
+def test_every_form_of_the_weights_is_evaluated(cli: Cli, root: Path, method: str) -> None:
+    """Adapters begin at zero and directions change no forward: the score is that of the plain network, but for four bits."""
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    done = cli(*(o for o in TINY if not o.startswith("method=")), f"method={method}", f"data.root={root}")
+    assert done.returncode == 0, done.stderr
+    plain = cli(*TINY[:3], "name=plain", *TINY[4:], f"data.root={root}")
+    assert plain.returncode == 0, plain.stderr
+    lines = [
+        (cli.folder / "runs" / name / "seed0" / "mmlu" / "step-0.jsonl").read_text().splitlines()[1:]
+        for name in ("m", "plain")
+    ]
+    found, expected = ([json.loads(line)["log_probs"] for line in side] for side in lines)
+    tolerance = 0.5 if method.startswith("qlora") else 1e-5  # four bits; float32 sums in another order
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), atol=tolerance, rtol=0)
+    assert (found == expected) != method.startswith("qlora")
+
+
+def test_there_is_no_training_memory_to_count(cli: Cli, root: Path) -> None:
+    done = cli(*TINY, f"data.root={root}", program="velora-memory")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "trainer.max_steps=0: task=mmlu trains nothing here" in done.stderr
 
 
 def test_a_sample_is_stated(cli: Cli, root: Path) -> None:
