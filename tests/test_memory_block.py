@@ -38,7 +38,9 @@ def test_each_method_takes_away_its_own_part(full: dict[str, int]) -> None:
     inputs = PARTS["inputs of linear layers"]
     assert lora[GRADIENTS] < 0.3 * full[GRADIENTS]
     assert inputs not in velora
-    assert velora[PARTS["codes"]] == NUM_TOKENS * (3 * HIDDEN + WIDE) * FLOAT // 16  # one for q, k and v, one for gate and up
+    assert (
+        velora[PARTS["codes"]] == NUM_TOKENS * (3 * HIDDEN + WIDE) * FLOAT // 16
+    )  # one for q, k and v, one for gate and up
     for part in (PARTS["swiglu"], PARTS["norms"], PARTS["attention"]):
         assert full[part] == velora[part]
 

@@ -274,6 +274,13 @@ PARTS: dict[str, dict[str, Any]] = {
         "folder": Read("config/task_text.py"),
         **{key: Read("data/glue.py") for key in ("train_size", "eval_size", "hub", "revision")},
     },
+    "task=mmlu": {
+        "name": Label(),
+        "max_length": Shapes(32, "task=mmlu model=llama_60m task.max_length=64 method=full"),
+        **{key: Read("data/mmlu.py") for key in ("hub", "revision", "num_shots", "split", "questions", "sample_seed")},
+        **{key: Read("config/mmlu.py") for key in ("folder", "subjects")},
+        "prompt": Read("data/mmlu_prompt.py"),  # test_mmlu, test_mmlu_prompt
+    },
     "task=vtab": {
         "name": Label(),
         "num_classes": Shapes(7, "task=vtab/svhn method=full"),

@@ -98,6 +98,7 @@ class TaskData:
     num_targets: Callable[[dict[str, Any]], torch.Tensor | int]
     num_items: Callable[[dict[str, Any]], torch.Tensor | int]
     reduce_logits: Callable[[Any, Any], Any] | None = None
+    benchmark: Any | None = None  # scores the whole network apart from the phases (velora/eval/mmlu.py)
     about: dict[str, Any] = field(default_factory=dict)  # sources, split sizes, protocol: goes into the record
 
 
@@ -214,6 +215,8 @@ class Model(Part):
 
 class Task(Part):
     """Data, loss and scores."""
+
+    evaluates_alone: ClassVar[bool] = False  # has a benchmark, so that trainer.max_steps=0 makes sense
 
     name: str
 

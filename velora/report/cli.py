@@ -27,12 +27,33 @@ def main() -> None:
         action="store_true",
         help="end with two sentences: what is kept at which speed, and what that costs",
     )
+        "--compare-questions", nargs=2, type=Path, metavar=("A", "B"),
+        help="two runs' folders (or their mmlu/step-*.jsonl): McNemar's test on the same questions, and no report",
+    )  # fmt: skip
     arguments = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±"
+    if arguments.compare_questions:
+        sys.exit(compare_questions(*arguments.compare_questions))
     out = arguments.out or arguments.folder
     sys.exit(report(arguments.folder, out, not arguments.no_figures, takeaway=arguments.takeaway))
+
+
+def compare_questions(a: Path, b: Path) -> int:
+    """Print the comparison; returns the exit status."""
+    from velora.errors import ConfigError
+    from velora.report.questions import answers_file, compare, comparison_text
+    from velora.report.text import for_terminal
+
+    try:
+        a, b = answers_file(a), answers_file(b)
+        text = comparison_text(a, b, compare(a, b))
+    except ConfigError as error:
+        print(f"velora-report: {for_terminal(str(error))}", file=sys.stderr)
+        return 2
+    print("\n".join(map(for_terminal, text.splitlines())))
+    return 0
 
 
 def report(folder: Path, out: Path, figures: bool, *, takeaway: bool = False) -> int:

@@ -31,6 +31,7 @@ from velora.memory.meter import autocast_dtype, training_loss
 from velora.nn.apply import without_a_trace
 from velora.run.arguments import training_arguments
 from velora.run.checkpoints import non_finite_tensors, step_of
+from velora.run.device import device_name
 from velora.run.figures import Figures
 from velora.run.notes import note
 from velora.run.order import TrainingData
@@ -49,6 +50,7 @@ class Outcome:
     best_scores: dict[str, float] = field(default_factory=dict)  # with `step` and `epoch`
     device: str | None = None
     network: nn.Module | None = None
+    step: int = 0  # optimiser steps at its end
 
 
 def train_phase(
@@ -65,7 +67,7 @@ def train_phase(
         )
     figures = Figures(arguments.device, data.unit)
     seal = partial(run.seal, phase=phase_folder)
-    outcome.figures, outcome.device = figures, _device_name(arguments.device)
+    outcome.figures, outcome.device = figures, device_name(arguments.device)
     trainer = PhaseTrainer(config, data, phase, figures, seal, model=network, args=arguments)
     stop, bar = StopRequest(), _Bar()
     trainer.remove_callback(ProgressCallback)
@@ -96,6 +98,7 @@ def train_phase(
     finally:
         bar.close()
     outcome.network = trainer.accelerator.unwrap_model(trainer.model)
+    outcome.step = trainer.state.global_step
     outcome.final_scores, outcome.best_scores = choose_scores(trainer.state, data, phase)
 
 
@@ -368,10 +371,6 @@ def choose_scores(state: TrainerState, data: TaskData, phase: Phase) -> tuple[di
 def _was_skipped(optimizer: Any) -> bool:
     """Whether the gradient scaler of fp16 left out the last step."""
     return bool(getattr(optimizer, "step_was_skipped", False))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _is_about_files(error: Exception) -> bool:
