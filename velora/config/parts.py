@@ -99,6 +99,7 @@ class TaskData:
     num_items: Callable[[dict[str, Any]], torch.Tensor | int]
     reduce_logits: Callable[[Any, Any], Any] | None = None
     benchmark: Any | None = None  # scores the whole network apart from the phases (velora/eval/mmlu.py)
+    benchmark_every_epoch: bool = False  # not only at the end
     about: dict[str, Any] = field(default_factory=dict)  # sources, split sizes, protocol: goes into the record
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from velora.config.mmlu import MMLUKeys
 from velora.config.parts import Head, TaskData
 from velora.config.task_text import Shapes, TextTask
 
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
 FOLDER = "alpaca"  # below data.root; the file may also lie in data.root itself
 
 
-class Alpaca(TextTask):
+class AlpacaKeys(TextTask):
     """52,002 instructions with their answers, from the hub or from a file of the same layout; see velora/data/alpaca.py."""
 
-    kind: Literal["alpaca"]
     file: str  # data.root/alpaca/<file> or data.root/<file>, with or without .gz
     train_on: Literal["text", "answer"]
     group_by_length: bool
@@ -68,3 +68,31 @@ class Alpaca(TextTask):
     def batch_shapes(self, batch_size: int, config: Config) -> Shapes:
         keys = ("input_ids", "attention_mask", "labels")
         return dict.fromkeys(keys, ((batch_size, self.max_length), "int64"))
+
+
+class Alpaca(AlpacaKeys):
+    kind: Literal["alpaca"]
+
+
+class AlpacaMMLU(AlpacaKeys):
+    """The rows that are held out are scored on the way, MMLU at the end or after each epoch."""
+
+    evaluates_alone: ClassVar[bool] = True
+
+    kind: Literal["alpaca_mmlu"]
+    mmlu: MMLUKeys
+    mmlu_every: Literal["end", "epoch"]
+
+    def problems(self, config: Config) -> Iterator[str]:
+        yield from super().problems(config)
+        yield from self.mmlu.faults("task.mmlu", config)
+
+    def load(self, preprocessor: Any, config: Config) -> TaskData:
+        from dataclasses import replace
+
+        from velora.eval.mmlu import load_benchmark
+
+        benchmark = load_benchmark(self.mmlu, preprocessor, config)
+        data = super().load(preprocessor, config)
+        about = {**data.about, "mmlu": benchmark.about}
+        return replace(data, benchmark=benchmark, benchmark_every_epoch=self.mmlu_every == "epoch", about=about)

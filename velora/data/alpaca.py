@@ -28,7 +28,7 @@ import numpy as np
 from torch import Tensor
 
 from velora.config.parts import Phase, TaskData
-from velora.config.task_alpaca import Alpaca
+from velora.config.task_alpaca import AlpacaKeys
 from velora.data import language_model as lm
 from velora.data.metrics import num_predicted_tokens, num_tokens
 from velora.data.text import file_facts
@@ -75,7 +75,7 @@ class Example(NamedTuple):
     unpredicted: int
 
 
-def load(task: Alpaca, tokenizer: Any, config: Config) -> TaskData:
+def load(task: AlpacaKeys, tokenizer: Any, config: Config) -> TaskData:
     check_fit(task.max_length, tokenizer, config)
     rows, source = _from_hub(task) if config.data.root is None else _from_file(task, config.data.root)
     if task.held_out >= len(rows):
@@ -103,7 +103,7 @@ def load(task: Alpaca, tokenizer: Any, config: Config) -> TaskData:
 
 
 def _task_data(
-    task: Alpaca, train: list[Example], held_out: list[Example], tokenizer: Any, about: dict[str, Any]
+    task: AlpacaKeys, train: list[Example], held_out: list[Example], tokenizer: Any, about: dict[str, Any]
 ) -> TaskData:
     lengths = [len(example.ids) for example in train] if task.group_by_length else None
     # the longest first: less padding, and a batch that is too large fails at once; the scores do not depend on the order
@@ -122,7 +122,7 @@ def _task_data(
     )
 
 
-def _say_left_out(task: Alpaca, sides: dict[str, list[Example]], chosen: dict[str, list[Example]]) -> None:
+def _say_left_out(task: AlpacaKeys, sides: dict[str, list[Example]], chosen: dict[str, list[Example]]) -> None:
     """A note of the rows that nothing is left to predict of; ConfigError where no other is left."""
     for side, examples in sides.items():
         left_out = len(examples) - len(chosen[side])
@@ -135,7 +135,7 @@ def _say_left_out(task: Alpaca, sides: dict[str, list[Example]], chosen: dict[st
             note(f"{where}; they are left out")
 
 
-def encode(rows: Sequence[Row], tokenizer: Any, task: Alpaca) -> list[Example]:
+def encode(rows: Sequence[Row], tokenizer: Any, task: AlpacaKeys) -> list[Example]:
     """The tokens of each row, at most `max_length`, with the special tokens that the tokenizer sets before a text.
 
     Where the prompt ends is where the tokens of the whole text and of the prompt alone begin to differ: a token that joins the
@@ -187,7 +187,7 @@ def collate(examples: list[Example], padding_id: int, max_length: int) -> dict[s
     return batch
 
 
-def _from_hub(task: Alpaca) -> tuple[list[Row], dict[str, Any]]:
+def _from_hub(task: AlpacaKeys) -> tuple[list[Row], dict[str, Any]]:
     def fetch() -> Any:
         from datasets import load_dataset
 
@@ -202,7 +202,7 @@ def _from_hub(task: Alpaca) -> tuple[list[Row], dict[str, Any]]:
     return rows, {"source": "hub", "name": task.hub, "revision": task.revision}
 
 
-def _from_file(task: Alpaca, root: Path) -> tuple[list[Row], dict[str, Any]]:
+def _from_file(task: AlpacaKeys, root: Path) -> tuple[list[Row], dict[str, Any]]:
     file = task.file_below(root)
     if file is None:
         raise ConfigError(task.missing_file(root))

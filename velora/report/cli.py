@@ -27,6 +27,7 @@ def main() -> None:
         action="store_true",
         help="end with two sentences: what is kept at which speed, and what that costs",
     )
+    parser.add_argument(
         "--compare-questions", nargs=2, type=Path, metavar=("A", "B"),
         help="two runs' folders (or their mmlu/step-*.jsonl): McNemar's test on the same questions, and no report",
     )  # fmt: skip

@@ -30,6 +30,7 @@ from velora.memory.ledger import take_ledger
 from velora.memory.meter import autocast_dtype, training_loss
 from velora.nn.apply import without_a_trace
 from velora.run.arguments import training_arguments
+from velora.run.benchmark import judge
 from velora.run.checkpoints import non_finite_tensors, step_of
 from velora.run.device import device_name
 from velora.run.figures import Figures
@@ -263,7 +264,7 @@ class Watch(TrainerCallback):
         self, config: Config, run: Run, phase: Phase, trainer: PhaseTrainer, stop: StopRequest, stop_after_epoch: float | None
     ) -> None:  # fmt: skip
         self.config, self.run, self.phase, self.stop = config, run, phase, stop
-        self.order, self.figures = trainer.order, trainer.figures
+        self.order, self.figures, self.data = trainer.order, trainer.figures, trainer.data
         self.stop_after_epoch = stop_after_epoch
         self.num_skipped = 0
 
@@ -304,9 +305,17 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._is_past_stop(state):
             control.should_training_stop = True
+        last = state.global_step >= state.max_steps or control.should_training_stop  # judged when the run has ended
+        if self.data.benchmark_every_epoch and not last:
+            with self.figures.aside():
+                judge(self.config, self.run, self.data, model, state.global_step, epoch=state.epoch, check=self._check)
+
+    def _check(self) -> None:
+        if self.stop.signal_name is not None:
+            raise Interrupted(f"stopped by {self.stop.signal_name} in the benchmark")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:
