@@ -287,6 +287,11 @@ PARTS: dict[str, dict[str, Any]] = {
         **{key: Read("data/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
     },
 }  # fmt: skip
+PARTS["task=alpaca_mmlu"] = {
+    **PARTS["task=alpaca"],
+    "max_length": Shapes(32, "task=alpaca_mmlu"),
+    **{key: Read("config/task_alpaca.py") for key in ("mmlu", "mmlu_every")},  # test_alpaca_mmlu
+}
 PARTS["model=encoder"] = {**PARTS["model=causal_lm"], "roles": Read("models/build.py")}
 PARTS["model=encoder"] |= {key: Read("models/pretrained.py") for key in ("architecture", "attention")}
 PARTS["model=minilm"] = {

@@ -78,7 +78,16 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     if found is None:
         return None
     recipe, version, hooks = found
-    return recipe if version == tensor._version and hooks is saved_tensors_hooks_in_use() else None
+    if version == tensor._version and hooks is saved_tensors_hooks_in_use():
+        return recipe
+    forget_recipe(tensor)
+    return None
+
+
+def forget_recipe(tensor: Any) -> None:
+    """A recipe keeps its sources alive as long as the tensor lives; one that holds no more must go from a tensor that stays."""
+    if isinstance(tensor, Tensor):
+        vars(tensor).pop(_ATTRIBUTE, None)
 
 
 def sources_of(tensor: Tensor) -> tuple[Making | None, tuple[Tensor, ...]]:
