@@ -1,6 +1,7 @@
 """What the curves show, before a picture or a page draws it: plain lists of numbers, one chart a dictionary.
 
-    {"title", "x", "y", "y2" (a right axis, or null), "series": [{"label", "kind": "line" | "points" | "both", "x", "y", "axis": "y" | "y2"}]}
+    {"title", "x", "y", "y2" (a right axis, or null), "series": [{"label", "kind": "line" | "points" | "both", "x", "y", "axis": "y" | "y2",
+     "of" (whose it is: one colour), "partner" (shown and hidden with the others of it), "grey"}], "named" (names stand beside the points), "ticks" (of x)}
 
 `sweeps`: score and bytes against each number that differs. `frontier`: speed against the bytes kept for backward; on the line lies what no other
 point beats in both.
@@ -18,13 +19,14 @@ from velora.report.seeds import spread
 Chart = dict[str, Any]
 MOST_POINTS = 2000  # of one curve; a longer one is thinned out evenly
 KEPT = "saved_for_backward_bytes"
+NOT_BEATEN = "not beaten in both"
 
 
 def charts(group: Sequence[Record]) -> list[Chart]:
     """The curves, the frontier and the sweeps of the runs of one table."""
     done = [record for record in group if record["status"] == "ok"]
     keys, rows = points(done)
-    found = [_curves(keys, rows), _frontier(keys, rows), *sweeps(done)]
+    found = [_curves(keys, rows), *_frontiers(keys, rows), *sweeps(done)]
     return [chart for chart in found if chart["series"]]
 
 
@@ -44,7 +46,10 @@ def sweeps(done: Sequence[Record]) -> list[Chart]:
         series = [s for label, line in lines.items() if len(line) > 1 for s in _swept(label, sorted(line, key=_first), score)]
         if series:
             right = "saved for backward, MiB" if any(s["axis"] == "y2" for s in series) else None
-            found.append({"title": f"{score} and bytes against {key}", "x": key, "y": score, "y2": right, "series": series})
+            ticks = sorted({x for s in series for x in s["x"]})
+            found.append(
+                {"title": f"{score} and bytes against {key}", "x": key, "y": score, "y2": right, "series": series, "ticks": ticks}
+            )
     return found
 
 
@@ -53,8 +58,8 @@ def _swept(label: str, line: Sequence[tuple[float, Point]], score: str) -> list[
     held = [(x, spread(point.done, lambda record: record["memory"].get(KEPT))) for x, point in line]
     left = [(x, found.mean) for x, found in scores if found]
     right = [(x, found.mean / 2**20) for x, found in held if found]
-    series = [_series(f"{label}: {score}", "both", left)]
-    return [*series, _series(f"{label}: bytes", "both", right, "y2")] if right else series
+    found = [(score, left, "y"), ("bytes", right, "y2")]
+    return [{**_series(f"{label}: {said}", "both", values, axis), "of": label} for said, values, axis in found if values]
 
 
 def _curves(keys: Sequence[str], rows: Sequence[Point]) -> Chart:
@@ -66,24 +71,35 @@ def _curves(keys: Sequence[str], rows: Sequence[Point]) -> Chart:
             for key, kind, said in (("loss", "line", "training"), ("eval_loss", "points", "validation")):
                 steps, values = record.curve(key) if record.lines else ([], [])
                 if steps:
-                    series.append(_series(f"{label}, {said}", kind, thinned(list(zip(steps, values, strict=True)))))
+                    line = thinned(list(zip(steps, values, strict=True)))
+                    series.append({**_series(f"{label}, {said}", kind, line), "of": label, "partner": True})
     return {"title": "Loss", "x": "step", "y": "loss", "y2": None, "series": series}
 
 
-def _frontier(keys: Sequence[str], rows: Sequence[Point]) -> Chart:
+def _frontiers(keys: Sequence[str], rows: Sequence[Point]) -> list[Chart]:
+    """One for each device: two devices' speeds are no trade of a method's."""
+    devices = dict.fromkeys(record["device"] for row in rows for record in row.done)
+    return [chart for device in devices if (chart := _frontier(keys, rows, device))]
+
+
+def _frontier(keys: Sequence[str], rows: Sequence[Point], device: str | None) -> Chart | None:
     found, unit = [], "tokens"
     for row in rows:
-        held = spread(row.done, lambda record: record["memory"].get(KEPT))
-        speed = spread(row.done, speed_of)
-        unit = "images" if any(record["speed"].get("images_per_second") for record in row.done) else unit
+        runs = [record for record in row.done if record["device"] == device]
+        held = spread(runs, lambda record: record["memory"].get(KEPT))
+        speed = spread(runs, speed_of)
+        unit = "images" if any(record["speed"].get("images_per_second") for record in runs) else unit
         if held and speed:
             found.append((row.label(keys), held.mean / 2**20, speed.mean))
+    if len(found) < 2:
+        return None
     series = [_series(label, "points", [(x, y)]) for label, x, y in found]
     best = on_frontier([(x, y) for _, x, y in found])
     if len(best) > 1:
-        series.append(_series("not beaten in both", "line", best))
+        series.append({**_series(NOT_BEATEN, "line", best), "grey": True})
+    title = f"Speed against bytes kept, {device or 'device not recorded'}"
     y = f"{unit} per second"
-    return {"title": "Speed against bytes kept", "x": "saved for backward, MiB", "y": y, "y2": None, "series": series, "named": True}
+    return {"title": title, "x": "saved for backward, MiB", "y": y, "y2": None, "series": series, "named": True}
 
 
 def on_frontier(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -18,7 +18,7 @@ def behind_cells(records: Iterable[Record], pattern: str = "") -> str:
         for point in rows:
             heading = f"{title}: {point.label(keys)}"
             if pattern in heading or any(pattern in record.command for record in point.records):
-                paragraphs.append("\n".join([heading, *made_of(point.records)]))
+                paragraphs.append("\n".join([heading, *(f"  {line}" for line in made_of(point.records))]))
     return "\n\n".join(paragraphs)
 
 
@@ -29,11 +29,11 @@ def made_of(records: Iterable[Record]) -> list[str]:
         commit = record["git"].get("commit")
         dirty = ", with uncommitted changes" if record["git"].get("dirty") else ""
         made = f"commit {commit[:9]}{dirty}" if commit else "commit not recorded"
-        lines.append(f"  seed {record['seed']}, {record.status}, {record['device'] or 'device not recorded'}, {made}")
-        lines.append(f"    {record.command or 'its command was not recorded'}")
-        lines.append(f"    in {record.folder}")
-    lines.append("  configuration")
-    lines += [f"    {line}" for line in configuration(records[0])]
+        lines.append(f"seed {record['seed']}, {record.status}, {record['device'] or 'device not recorded'}, {made}")
+        lines.append(f"  {record.command or 'its command was not recorded'}")
+        lines.append(f"  in {record.folder}")
+    lines.append("configuration")
+    lines += [f"  {line}" for line in configuration(records[0])]
     return lines
 
 

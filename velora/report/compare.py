@@ -13,7 +13,7 @@ from pathlib import Path
 from velora.errors import ConfigError
 from velora.report.differences import everything, flat, shown
 from velora.report.records import Record, read_records
-from velora.report.seeds import by_seed, paired, spread
+from velora.report.seeds import Spread, paired, spread
 from velora.report.table import Cell, Notes, Table, cells
 from velora.report.text import human_bytes, human_number
 
@@ -80,19 +80,25 @@ def _add_figures(table: Table, a: Side, b: Side) -> int:
     same = 0
     for name, figure, text in _figures([*a.records, *b.records]):
         left, right = spread(_done(a), figure), spread(_done(b), figure)
-        if by_seed(_done(a), figure) == by_seed(_done(b), figure):
+        if left == right or (left and right and left.num_seeds != right.num_seeds and not _differ(left, right)):
             same += left is not None
             continue
-        row = [Cell(name), *(Cell(_both(found.mean, found.deviation, text), value=found.mean) if found else Cell("-") for found in (left, right))]
+        both = (Cell(_both(found.mean, found.deviation, text), value=found.mean) if found else Cell("-") for found in (left, right))
+        row = [Cell(name), *both]
         if left and right:
             row.append(_difference(table.notes, left.mean, right.mean, text))
             found = paired(_done(a), _done(b), figure)
-            if found and found.num_pairs > 1:
+            if found and found.num_pairs > 1 and text is human_number:  # bytes and counts are no samples
                 table.remarks.append(f"{name}, B - A at the same seeds: {found}")
         else:
             row.append(Cell(""))
         table.rows.append(row)
     return same
+
+
+def _differ(a: Spread, b: Spread) -> bool:
+    """Whether something differs but the number of seeds."""
+    return a.mean != b.mean or bool(a.deviation) or bool(b.deviation)
 
 
 def _done(some: Side) -> list[Record]:
@@ -103,7 +109,7 @@ Text = Callable[[float], str]
 
 
 def _both(mean: float, deviation: float | None, text: Text) -> str:
-    return text(mean) + (f" ± {text(deviation)}" if deviation is not None else "")
+    return text(mean) + (f" ± {text(deviation)}" if deviation else "")
 
 
 def _difference(notes: Notes, a: float, b: float, text: Text) -> Cell:
@@ -118,7 +124,7 @@ def _figures(records: list[Record]) -> list[tuple[str, Callable[[Record], float 
     for key in dict.fromkeys(key for record in records for key in record.scores):
         found.append((key, lambda r, key=key: r.scores.get(key), human_number))
     for section in ("memory", "speed", "parameters"):
-        text: Text = human_bytes if section == "memory" else _number
+        text: Text = {"memory": human_bytes, "speed": human_number}.get(section, _number)
         for key in dict.fromkeys(key for record in records for key in record[section]):
             found.append((f"{section}.{key}", lambda r, s=section, key=key: r[s].get(key), text))
     return found

@@ -87,7 +87,7 @@ def flat(record: Record) -> dict[str, Value]:
 
 def everything(record: Record) -> dict[str, Value]:
     """All keys of a record's configuration but what its experiment says about itself."""
-    return {key: value for key, value in _flatten(record["config"]) if not key.startswith("experiment.")}
+    return {key: value for key, value in _flatten(record["config"]) if key.partition(".")[0] != "experiment"}
 
 
 def natural(value: Any) -> tuple[int, float, list[tuple[int, float, str]]]:

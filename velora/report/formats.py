@@ -50,8 +50,8 @@ def marked(cell: Cell) -> str:
 
 
 def latex_tables(tables: Iterable[Table]) -> str:
-    r"""One float a table, for a document that has \usepackage{booktabs} and \usepackage{graphicx}."""
-    return "% \\usepackage{booktabs,graphicx}\n\n" + "\n".join(_latex(table) for table in tables)
+    """One float a table, for a document with the packages that the first line names."""
+    return "% \\usepackage[T1]{fontenc} \\usepackage{booktabs,graphicx}\n\n" + "\n".join(_latex(table) for table in tables)
 
 
 def _latex(table: Table) -> str:
@@ -65,8 +65,10 @@ def _latex(table: Table) -> str:
             lines.append(r"\midrule")
         lines.append(" & ".join(_latex_cell(cell) for cell in row) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}}"]
-    lines += [rf"\par\footnotesize $^{{{letter}}}$ {for_latex(sentence)}" for letter, sentence in table.notes]
-    lines += [rf"\par\footnotesize {for_latex(sentence)}" for sentence in table.remarks]
+    below = [rf"$^{{{letter}}}$ {for_latex(sentence)}\par" for letter, sentence in table.notes]
+    below += [rf"{for_latex(sentence)}\par" for sentence in table.remarks]
+    if below:
+        lines += [r"\begin{flushleft}\footnotesize", *below, r"\end{flushleft}"]
     return "\n".join([*lines, r"\end{table}", ""])
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
 
-from velora.report.differences import points
+from velora.report.commands import made_of
+from velora.report.differences import natural, points
 from velora.report.printed import Row, Rows, shipped_rows
 from velora.report.records import PUBLISHED, Record
 from velora.report.seeds import Spread, paired, paired_values, spread
@@ -89,13 +90,25 @@ def printed_tables(records: Iterable[Record], shipped: Rows | None = None) -> li
             found.setdefault((folder, record.level or "own setting"), []).append(record)
     tables = []
     for (folder, level), group in found.items():
-        rows = dict((shipped_rows() if shipped is None else shipped).get(folder, {}))
-        for record in group:
-            rows[record.row] = {**rows.get(record.row, {}), **record.printed}
+        rows = _printed_rows(group, (shipped_rows() if shipped is None else shipped).get(folder, {}), level)
         ordered = sorted(rows, key=lambda row: row != "full")
         entries = [entry for row in ordered for entry in _entries(row, [r for r in group if r.row == row])]
         tables.append(Printed(folder, level, {row: rows[row] for row in ordered}, entries))
-    return tables
+    return sorted(tables, key=lambda table: (natural(table.folder), table.level != PUBLISHED, table.level))
+
+
+def _printed_rows(group: Sequence[Record], shipped: Mapping[str, Row], level: str) -> dict[str, Row]:
+    """As published: the whole table. At another level: the rows and columns of which something was run."""
+    rows: dict[str, Row] = dict(shipped)
+    for record in group:
+        rows[record.row] = {**rows.get(record.row, {}), **record.printed}
+    if level == PUBLISHED:
+        return rows
+    run, columns = {record.row for record in group}, {record.column for record in group}
+    return {
+        name: {column: figures for column, figures in row.items() if column in columns}
+        for name, row in rows.items() if name in run
+    }  # fmt: skip
 
 
 def _entries(row: str, records: list[Record]) -> list[Entry]:
@@ -148,7 +161,7 @@ def _add_entry(
     found = [spread(entry.done(c), lambda r, k=k: ours(r, k)) for c, k in zip(columns, figures, strict=True)]
     shown = [_cell(result.notes, entry.runs.get(c, []), f, kind) for c, f in zip(columns, found, strict=True)]
     name = "ours" if entry.label == entry.row else f"ours ({entry.label.partition(', ')[2]})"
-    command = "\n".join(record.behind for runs in entry.runs.values() for record in runs)
+    command = "\n\n".join("\n".join([column, *made_of(runs)]) for column, runs in entry.runs.items())
     means = [f.mean if f else None for f in found]
     result.rows.append([Cell(entry.row), Cell(name), *shown, *([_mean_cell(means)] if averaged else [])])
     result.details += [""] * (len(result.rows) - 1 - len(result.details)) + [command]
@@ -182,6 +195,7 @@ def _cell(marks: Notes, runs: list[Record], found: Spread | None, kind: str) -> 
     done = [record for record in runs if record["status"] == "ok"]
     if found and kind == "memory" and any(record["memory"].get("peak_allocated_bytes") is None for record in done):
         said.append(ESTIMATED)
+    said += dict.fromkeys(f"with {word}" for r in done for word in re.findall(r"trainer\.micro_batch_size=\S+", r.command) if kind != "score")
     if found:
         return Cell(str(found), marks.marks(said), found.mean)
     if done:
@@ -202,7 +216,8 @@ def _about(table: Printed, columns: list[str], kind: str) -> list[str]:
     said.append("n: seeds, where there are several; ± is their sample standard deviation.")
     if table.level != PUBLISHED:
         said.append(
-            f"Level: {table.level}. This is not the published setting, so no difference to the paper is taken: its figures are of its own."
+            f"Level: {table.level}. This is not the published setting, so no difference to the paper is taken. Rows and columns of the paper "
+            "that were not run at this level are left out."
         )
     return said
 

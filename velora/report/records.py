@@ -85,11 +85,6 @@ class Record:
     def command(self) -> str:
         return str(self.values.get("command") or "")
 
-    @property
-    def behind(self) -> str:
-        """Where the run lies and the command that made it, in one line."""
-        return f"{self.folder}: {self.command or 'its command was not recorded'}"
-
     def _changed(self) -> list[str]:
         changed = changed_keys(self.command)
         if f"{self['task']} {self['model']}" not in self.printed:  # the model is no choice of a column here

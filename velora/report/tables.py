@@ -26,6 +26,7 @@ _MEMORY = {
     "peak_reserved_bytes": "peak reserved",
     "peak_estimated_bytes": "peak estimated",
 }
+PRINTED = " (paper)"
 NO_REFERENCE = "no full training ran on this device, so its speed is no ratio"
 
 Escape = Callable[[str], str]
@@ -71,7 +72,7 @@ def _table(title: str, group: list[Record]) -> Table:
         else:
             states = ", ".join(dict.fromkeys(record.status for record in point.records))
             row[-1] = Cell(states, unfinished)
-            row += [Cell("-")] * len(columns)
+            row += [figure(list(point.records)) if name.endswith(PRINTED) else Cell("-") for name, figure in columns]
         table.rows.append(row)
         table.details.append("\n".join(made_of(point.records)))
     table.about += _measured(group)
@@ -99,7 +100,7 @@ def _columns(done: list[Record], marks: Notes) -> list[Column]:
     scores = list(dict.fromkeys(key for record in done for key in record.scores))
     memory = {k: name for k, name in _MEMORY.items() if any(r["memory"].get(k) is not None for r in done)}
     columns: list[Column] = [(key, _score(key)) for key in scores]
-    columns += [(f"{key} (paper)", _printed(key)) for key in sorted({k for r in done for k in r.paper})]
+    columns += [(f"{key}{PRINTED}", _printed(key)) for key in sorted({k for r in done if not r.table for k in r.paper})]
     columns += [(name, _bytes(key)) for key, name in memory.items()]
     columns.append(("trainable parameters", lambda runs: Cell(human_number(runs[0]["parameters"]["trainable"]))))
     if key := speed_key(done):

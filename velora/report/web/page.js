@@ -41,24 +41,38 @@ for (const button of document.querySelectorAll("button.more")) {
 
 /* Charts. Labels of series go into text nodes and canvases only, never into HTML. */
 
-function seriesOptions(series, index) {
-  const name = series.label.replace(/, (training|validation)$|: (?!.*: ).*$/, "");
-  seriesOptions.places ??= new Map();
-  const places = seriesOptions.places;
+/* The two series of one thing (training and validation, score and bytes) have one colour; validation has no line in the legend of its own. */
+function nameOf(series) {
+  return series.of ?? series.label;
+}
+
+function seriesOptions(series, places) {
+  const name = nameOf(series);
   if (!places.has(name)) places.set(name, places.size);
   const place = places.get(name);
-  const dash = series.axis === "y2" ? [3, 4] : DASHES[Math.floor(place / COLOURS.length) % DASHES.length];
-  const colour = series.label === "not beaten in both" ? "#b0b0b0" : COLOURS[place % COLOURS.length];
+  const dots = series.kind === "points";
+  const colour = series.grey ? "#b0b0b0" : COLOURS[place % COLOURS.length];
   return {
-    label: series.label,
+    label: series.partner ? name : series.label,
+    class: series.partner && dots ? "partner" : undefined,
     scale: series.axis,
     stroke: colour,
-    width: series.kind === "points" ? 0 : 1.5,
-    dash,
+    width: dots ? 0 : 1.5,
+    dash: series.axis === "y2" ? [3, 4] : DASHES[Math.floor(place / COLOURS.length) % DASHES.length],
     spanGaps: true,
-    paths: series.kind === "points" ? () => null : undefined,
-    points: { show: series.kind !== "line", size: series.kind === "points" ? 8 : 6, fill: colour },
+    paths: dots ? () => null : undefined,
+    points: { show: series.kind !== "line", size: dots ? 8 : 6, fill: colour },
     value: (_, value) => (value == null ? "" : value.toPrecision(5)),
+  };
+}
+
+function together(chart) {
+  return (plot, index, options) => {
+    if (index === null || options.show === undefined) return;
+    chart.series.forEach((series, place) => {
+      const same = series.partner && nameOf(series) === nameOf(chart.series[index - 1]);
+      if (same && plot.series[place + 1].show !== options.show) plot.setSeries(place + 1, { show: options.show }, false);
+    });
   };
 }
 
@@ -69,12 +83,16 @@ function writeNames(plot, chart) {
   ctx.save();
   ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
   ctx.fillStyle = "#333";
+  ctx.textAlign = "left";
+  ctx.textBaseline = "alphabetic";
   for (const series of shown) {
-    const name = series.label.length > 40 ? series.label.slice(0, 39) + "…" : series.label;
+    const whole = series.label.length > 28 ? series.label.split(",")[0] : series.label;
+    const name = whole.length > 28 ? whole.slice(0, 27) + "…" : whole;
     const width = ctx.measureText(name).width;
     const at = plot.valToPos(series.x[0], "x", true);
     const right = plot.bbox.left + plot.bbox.width;
-    const x = at + 8 + width > right ? at - 8 - width : at + 8;
+    const gap = 7 * devicePixelRatio;
+    const x = at + gap + width > right ? at - gap - width : at + gap;
     let y = plot.valToPos(series.y[0], "y", true) - 4;
     while (taken.some((box) => Math.abs(box.y - y) < 12 * devicePixelRatio && box.x < x + width && x < box.x + box.width)) {
       y -= 12 * devicePixelRatio;
@@ -87,7 +105,7 @@ function writeNames(plot, chart) {
 
 function draw(figure, chart, logarithmic) {
   figure.querySelector(".uplot")?.remove();
-  seriesOptions.places = new Map();
+  const places = new Map();
   const scales = { x: { time: false }, y: { distr: logarithmic ? 3 : 1 } };
   if (chart.named) {
     const widened = (_, low, high) => [low - (high - low || 1) * 0.08, high + (high - low || 1) * 0.12];
@@ -95,14 +113,20 @@ function draw(figure, chart, logarithmic) {
     if (!logarithmic) scales.y.range = widened;
   }
   const axes = [{ label: chart.x }, { label: chart.y, size: 66 }];
+  if (chart.ticks) {
+    const [low, high] = [chart.ticks[0], chart.ticks.at(-1)];
+    const doubled = low > 0 && high / low >= 4;
+    scales.x = { time: false, ...(doubled ? { distr: 3, log: 2, range: [low / 1.1, high * 1.1] } : {}) };
+    Object.assign(axes[0], { splits: () => chart.ticks, filter: (_, splits) => splits, values: (_, splits) => splits.map(String) });
+  }
   if (chart.y2) axes.push({ label: chart.y2, scale: "y2", side: 1, size: 66, grid: { show: false } });
   const options = {
     width: figure.clientWidth,
     height: 340,
     scales,
     axes,
-    series: [{ label: chart.x }, ...chart.series.map(seriesOptions)],
-    hooks: chart.named ? { draw: [(plot) => writeNames(plot, chart)] } : {},
+    series: [{ label: chart.x }, ...chart.series.map((series) => seriesOptions(series, places))],
+    hooks: { setSeries: [together(chart)], draw: chart.named ? [(plot) => writeNames(plot, chart)] : [] },
     cursor: { drag: { x: true, y: true, uni: 30 } },
   };
   const data = uPlot.join(chart.series.map((series) => [series.x, series.y]));
