@@ -37,9 +37,14 @@ def write(folder: Path, place: str, *, lines: int = 0, **values: Any) -> Path:
 
 def write_row(folder: Path, row: str, task: str, seed: int = 0, score: float | None = None, **changes: Any) -> Path:
     """A run of one row of Table 2 as published; `level` and `command` make it another."""
-    level, command = changes.pop("level", None), changes.pop("command", f"velora-train experiment=table2/{row} task={task}")
+    level, command = (
+        changes.pop("level", None),
+        changes.pop("command", f"velora-train experiment=table2/{row} task={task}"),
+    )
     key = next(iter(GLUE[row][task]))
-    experiment = {"name": f"table2/{row}", "table": "table2", "row": row, "paper": GLUE[row]} | ({"level": level} if level else {})
+    experiment = {"name": f"table2/{row}", "table": "table2", "row": row, "paper": GLUE[row]} | (
+        {"level": level} if level else {}
+    )
     return write(
         folder, f"{changes.pop('place', 'table2')}/{task}/{row}", task=task, model="roberta_base", method=row, seed=seed,
         metrics={} if score is None else {key: score, "best": {key: score, "step": 3, "epoch": 1.0}}, command=command,
@@ -47,7 +52,9 @@ def write_row(folder: Path, row: str, task: str, seed: int = 0, score: float | N
     )  # fmt: skip
 
 
-def write_sweep(folder: Path, values: tuple[Any, ...] = (32, 8, 16), key: str = "activations.sub_token_size", **changes: Any) -> None:
+def write_sweep(
+    folder: Path, values: tuple[Any, ...] = (32, 8, 16), key: str = "activations.sub_token_size", **changes: Any
+) -> None:
     """VeLoRA at several values of one key: the score falls and the bytes fall as the value grows."""
     for value in values:
         size = float(value)

@@ -1,10 +1,11 @@
 """What the curves show, before a picture or a page draws it: plain lists of numbers, one chart a dictionary.
 
-    {"title", "x", "y", "y2" (a right axis, or null), "series": [{"label", "kind": "line" | "points" | "both", "x", "y", "axis": "y" | "y2",
-     "of" (whose it is: one colour), "partner" (shown and hidden with the others of it), "grey"}], "named" (names stand beside the points), "ticks" (of x)}
+`title`; `x`, `y` and `y2` (a right axis, or null) are the names of the axes; `ticks` those of x, `named` says that names
+stand beside the points; `series` is a list of `label`, `kind` ("line", "points", "both"), `axis` ("y", "y2"), the numbers `x`
+and `y`, `of` (whose it is: one colour), `partner` (shown and hidden with the others of it) and `grey`.
 
-`sweeps`: score and bytes against each number that differs. `frontier`: speed against the bytes kept for backward; on the line lies what no other
-point beats in both.
+`sweeps`: score and bytes against each number that differs. `frontier`: speed against the bytes kept for backward; on the line
+lies what no other point beats in both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from velora.report.differences import Point, points, short, shown
 from velora.report.records import Record
-from velora.report.seeds import spread
+from velora.report.seeds import measured, score, spread
 
 Chart = dict[str, Any]
 MOST_POINTS = 2000  # of one curve; a longer one is thinned out evenly
@@ -33,7 +34,7 @@ def charts(group: Sequence[Record]) -> list[Chart]:
 def sweeps(done: Sequence[Record]) -> list[Chart]:
     """One chart for each number of the configuration that differs; a line for each method and value of the other keys."""
     keys, rows = points(done)
-    score = next((key for record in done for key in record.scores if key != "loss"), None) or "loss"
+    name = next((key for record in done for key in record.scores if key != "loss"), None) or "loss"
     found = []
     for place, key in enumerate(keys):
         lines: dict[str, list[tuple[float, Point]]] = {}
@@ -43,23 +44,34 @@ def sweeps(done: Sequence[Record]) -> list[Chart]:
                 others = [(k, v) for k, v in zip(keys, row.values, strict=True) if k != key and v is not None]
                 label = ", ".join([row.method, *(f"{short(k)} {shown(v)}" for k, v in others)])
                 lines.setdefault(label, []).append((float(value), row))
-        series = [s for label, line in lines.items() if len(line) > 1 for s in _swept(label, sorted(line, key=_first), score)]
+        series = [
+            s for label, line in lines.items() if len(line) > 1 for s in _swept(label, sorted(line, key=_first), name)
+        ]
         if series:
             right = "saved for backward, MiB" if any(s["axis"] == "y2" for s in series) else None
             ticks = sorted({x for s in series for x in s["x"]})
             found.append(
-                {"title": f"{score} and bytes against {key}", "x": key, "y": score, "y2": right, "series": series, "ticks": ticks}
+                {
+                    "title": f"{name} and bytes against {key}",
+                    "x": key,
+                    "y": name,
+                    "y2": right,
+                    "series": series,
+                    "ticks": ticks,
+                }
             )
     return found
 
 
-def _swept(label: str, line: Sequence[tuple[float, Point]], score: str) -> list[dict[str, Any]]:
-    scores = [(x, spread(point.done, lambda record: record.scores.get(score))) for x, point in line]
-    held = [(x, spread(point.done, lambda record: record["memory"].get(KEPT))) for x, point in line]
+def _swept(label: str, line: Sequence[tuple[float, Point]], name: str) -> list[dict[str, Any]]:
+    scores = [(x, spread(point.done, score(name))) for x, point in line]
+    held = [(x, spread(point.done, measured("memory", KEPT))) for x, point in line]
     left = [(x, found.mean) for x, found in scores if found]
     right = [(x, found.mean / 2**20) for x, found in held if found]
-    found = [(score, left, "y"), ("bytes", right, "y2")]
-    return [{**_series(f"{label}: {said}", "both", values, axis), "of": label} for said, values, axis in found if values]
+    found = [(name, left, "y"), ("bytes", right, "y2")]
+    return [
+        {**_series(f"{label}: {said}", "both", values, axis), "of": label} for said, values, axis in found if values
+    ]
 
 
 def _curves(keys: Sequence[str], rows: Sequence[Point]) -> Chart:
@@ -86,7 +98,7 @@ def _frontier(keys: Sequence[str], rows: Sequence[Point], device: str | None) ->
     found, unit = [], "tokens"
     for row in rows:
         runs = [record for record in row.done if record["device"] == device]
-        held = spread(runs, lambda record: record["memory"].get(KEPT))
+        held = spread(runs, measured("memory", KEPT))
         speed = spread(runs, speed_of)
         unit = "images" if any(record["speed"].get("images_per_second") for record in runs) else unit
         if held and speed:
@@ -122,7 +134,13 @@ def thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _series(label: str, kind: str, line: Sequence[tuple[float, float]], axis: str = "y") -> dict[str, Any]:
-    return {"label": label, "kind": kind, "axis": axis, "x": [float(x) for x, _ in line], "y": [float(y) for _, y in line]}
+    return {
+        "label": label,
+        "kind": kind,
+        "axis": axis,
+        "x": [float(x) for x, _ in line],
+        "y": [float(y) for _, y in line],
+    }
 
 
 def _first(item: tuple[float, Point]) -> float:

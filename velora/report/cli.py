@@ -1,9 +1,9 @@
 """`velora-report [FOLDER]`: tables and figures from all records below a folder.
 
-    velora-report runs                              tables here, report.md and pictures beside the records
-    velora-report runs --format html --out DIR      one page: tables to sort, curves, the command behind each row (also latex, csv)
-    velora-report runs --commands lora              the command and the configuration behind each cell whose title or command has "lora"
-    velora-report --compare runs/a/seed0 runs/b/seed0    two runs side by side, only what differs
+    velora-report runs                            tables here, report.md and pictures beside the records
+    velora-report runs --format html --out DIR    one page: tables to sort, curves, the command behind each row (also latex, csv)
+    velora-report runs --commands lora            command and configuration behind each cell with "lora" in title or command
+    velora-report --compare A B                   two run folders side by side, only what differs
 
 A result.json that is no record is named with the reason and left out. Exit status: 0 where at least one record was
 reported, 2 where there was none or the report cannot be written.
@@ -31,11 +31,14 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±"
     if arguments.compare:
-        sys.exit(compare(*arguments.compare, arguments.format))
+        a, b = arguments.compare
+        sys.exit(compare(a, b, arguments.format))
     if arguments.commands is not None:
         sys.exit(commands(arguments.folder, arguments.commands))
     out = arguments.out or arguments.folder
-    sys.exit(report(arguments.folder, out, not arguments.no_figures, takeaway=arguments.takeaway, form=arguments.format))
+    sys.exit(
+        report(arguments.folder, out, not arguments.no_figures, takeaway=arguments.takeaway, form=arguments.format)
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,7 +144,10 @@ def commands(folder: Path, pattern: str) -> int:
         return 2
     text = behind_cells(records, pattern)
     if not text:
-        print(f"velora-report: --commands={pattern}: no title or command holds it; leave it out to see all", file=sys.stderr)
+        print(
+            f"velora-report: --commands={pattern}: no title or command holds it; leave it out to see all",
+            file=sys.stderr,
+        )
         return 2
     print("\n".join(map(for_terminal, text.split("\n"))))
     return 0

@@ -1,7 +1,7 @@
 """Two runs side by side: what differs in their configuration, and what differs in their figures.
 
-A side is one run folder, or a folder with several seeds of one configuration, whose figures are then means, and are compared over the
-seeds that both sides have.
+A side is one run folder, or a folder with several seeds of one configuration: its figures are then means, and they are
+compared over the seeds that both sides have.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from velora.errors import ConfigError
 from velora.report.differences import everything, flat, shown
 from velora.report.records import Record, read_records
-from velora.report.seeds import Spread, paired, spread
+from velora.report.seeds import Figure, Spread, measured, paired, score, spread
 from velora.report.table import Cell, Notes, Table, cells
 from velora.report.text import human_bytes, human_number
 
@@ -38,7 +38,9 @@ def side(place: Path, other: Path) -> Side:
     given = f"--compare {place} {other}"
     if not records:
         reason = f" ({faults[0]})" if faults else ""
-        raise ConfigError(f"{given}: no readable result.json below {place}{reason}; give the folder of a run, runs/<name>/seed<k>")
+        raise ConfigError(
+            f"{given}: no readable result.json below {place}{reason}; give the folder of a run, runs/<name>/seed<k>"
+        )
     first = flat(records[0])
     if odd := next((record for record in records if flat(record) != first), None):
         keys = sorted(key for key in {*first, *flat(odd)} if first.get(key) != flat(odd).get(key))
@@ -52,11 +54,18 @@ def side(place: Path, other: Path) -> Side:
 def compare(a: Path, b: Path) -> Table:
     """The table of all differences; ConfigError where a side is no run."""
     left, right = side(a, b), side(b, a)
-    table = Table("Two runs side by side", ["", "A", "B", "B - A"], [], [f"A: {a} (seed {left.seeds})", f"B: {b} (seed {right.seeds})"])
+    table = Table(
+        "Two runs side by side",
+        ["", "A", "B", "B - A"],
+        [],
+        [f"A: {a} (seed {left.seeds})", f"B: {b} (seed {right.seeds})"],
+    )
     same_keys = _add_facts(table, left, right)
     table.rules.add(len(table.rows))
     same_figures = _add_figures(table, left, right)
-    table.remarks.append(f"The same in both, and not shown: {same_keys} keys of the configuration, {same_figures} figures.")
+    table.remarks.append(
+        f"The same in both, and not shown: {same_keys} keys of the configuration, {same_figures} figures."
+    )
     return table
 
 
@@ -83,7 +92,10 @@ def _add_figures(table: Table, a: Side, b: Side) -> int:
         if left == right or (left and right and left.num_seeds != right.num_seeds and not _differ(left, right)):
             same += left is not None
             continue
-        both = (Cell(_both(found.mean, found.deviation, text), value=found.mean) if found else Cell("-") for found in (left, right))
+        both = (
+            Cell(_both(found.mean, found.deviation, text), value=found.mean) if found else Cell("-")
+            for found in (left, right)
+        )
         row = [Cell(name), *both]
         if left and right:
             row.append(_difference(table.notes, left.mean, right.mean, text))
@@ -118,15 +130,15 @@ def _difference(notes: Notes, a: float, b: float, text: Text) -> Cell:
     return Cell(sign + text(abs(b - a)) + ratio, value=b - a)
 
 
-def _figures(records: list[Record]) -> list[tuple[str, Callable[[Record], float | None], Text]]:
+def _figures(records: list[Record]) -> list[tuple[str, Figure, Text]]:
     """Every figure that one of the records has, under its name in result.json."""
-    found: list[tuple[str, Callable[[Record], float | None], Text]] = []
+    found: list[tuple[str, Figure, Text]] = []
     for key in dict.fromkeys(key for record in records for key in record.scores):
-        found.append((key, lambda r, key=key: r.scores.get(key), human_number))
+        found.append((key, score(key), human_number))
     for section in ("memory", "speed", "parameters"):
         text: Text = {"memory": human_bytes, "speed": human_number}.get(section, _number)
         for key in dict.fromkeys(key for record in records for key in record[section]):
-            found.append((f"{section}.{key}", lambda r, s=section, key=key: r[s].get(key), text))
+            found.append((f"{section}.{key}", measured(section, key), text))
     return found
 
 

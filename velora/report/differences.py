@@ -1,8 +1,8 @@
 """What differs between runs: the keys that deserve a column, and the order of their values.
 
-Runs that differ in their seed alone, or in a key that changes nothing of what is computed (`velora.config.run.Incidental`), are
-one point. A key of an axis (weights, adapter, optimizer, activations, recompute) whose value follows from the method has no column:
-the method's name says it already.
+Runs that differ in their seed alone, or in a key that changes nothing of what is computed (`velora.config.run.Incidental`),
+are one point. A key of an axis (weights, adapter, optimizer, activations, recompute) whose value follows from the method has
+no column: the method's name says it already.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def flat(record: Record) -> dict[str, Value]:
 
 def everything(record: Record) -> dict[str, Value]:
     """All keys of a record's configuration but what its experiment says about itself."""
-    return {key: value for key, value in _flatten(record["config"]) if key.partition(".")[0] != "experiment"}
+    found = {key: value for key, value in _flatten(record["config"]) if key.partition(".")[0] != "experiment"}
+    if found.get("task.group") is None:  # the schema of records adds it where a task has no such key
+        found.pop("task.group", None)
+    return found
 
 
 def natural(value: Any) -> tuple[int, float, list[tuple[int, float, str]]]:

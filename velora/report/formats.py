@@ -1,7 +1,8 @@
 """Tables as Markdown, LaTeX (booktabs) and CSV. Strings from records are escaped in each of them.
 
-A cell of a CSV that a spreadsheet would take for a formula (=, +, -, @, and what begins with a tab) has an apostrophe before it, unless it is
-a plain number. LaTeX gets what its two encodings have; any other character is spelled out (U+1F600), so that every engine sets the page.
+A cell of a CSV that a spreadsheet would take for a formula (it begins with =, +, - or @) has an apostrophe before it, unless
+it is a plain number. Where LaTeX's usual encodings lack a character it is spelled out (U+1F600), so that every engine sets
+the page.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def marked(cell: Cell) -> str:
 
 def latex_tables(tables: Iterable[Table]) -> str:
     """One float a table, for a document with the packages that the first line names."""
-    return "% \\usepackage[T1]{fontenc} \\usepackage{booktabs,graphicx}\n\n" + "\n".join(_latex(table) for table in tables)
+    return "% \\usepackage[T1]{fontenc} \\usepackage{booktabs,graphicx}\n\n" + "\n".join(
+        _latex(table) for table in tables
+    )
 
 
 def _latex(table: Table) -> str:
@@ -87,7 +90,9 @@ _LATEX = {
 
 def for_latex(text: str) -> str:
     """Text that LaTeX prints as it stands: nothing in it is a command, and no two hyphens become a dash."""
-    return "".join(_LATEX.get(c) or (c if c.isascii() or c in "äöüÄÖÜßéèêàçñ" else f"U+{ord(c):04X}") for c in for_terminal(text))
+    return "".join(
+        _LATEX.get(c) or (c if c.isascii() or c in "äöüÄÖÜßéèêàçñ" else f"U+{ord(c):04X}") for c in for_terminal(text)
+    )
 
 
 def csv_text(rows: Iterable[Sequence[str | int | float | None]]) -> str:

@@ -1,8 +1,8 @@
 """All tables and charts as one HTML file that needs nothing else: no network, no folder beside it.
 
-Jinja2 escapes whatever comes from records; the data of the charts are JSON in which no "<" stands. Of scripts the page runs only its own
-two, named by their hashes in its content security policy, and it may load nothing. The charts are drawn by uPlot (MIT, 50 kB, in `web/`
-as published): a page stays small enough to send by mail, where Plotly's library alone has four megabytes.
+Jinja2 escapes whatever comes from records; the data of the charts are JSON in which no "<" stands. The page runs only its own
+two scripts, named by their hashes in its content security policy, and may load nothing. uPlot draws the charts (MIT, 50 kB,
+in `web/` as published), so that a page stays small enough to send by mail: the library of Plotly alone has four megabytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def page(records: list[Record], faults: Sequence[object] = (), title: str = "vel
     counts = [f"{number} {state}" for state, number in status.items()]
     return page_of(
         [*paper_tables(records), *run_tables(records)], title, drawn,
-        about=[f"{len(records)} runs: {', '.join(counts)}.", *said_by_experiments(records)], faults=[str(fault) for fault in faults],
+        about=[f"{len(records)} runs: {', '.join(counts)}.", *said_by_experiments(records)], faults=list(map(str, faults)),
     )  # fmt: skip
 
 
@@ -44,7 +44,9 @@ def page_of(
 ) -> str:  # fmt: skip
     """A page of tables; `drawn`: the charts below the table of that title."""
     scripts = [_read("uPlot.iife.min.js"), _read("page.js")]
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(_hash(script) for script in scripts)}"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {' '.join(_hash(script) for script in scripts)}"
+    )
     return _template().render(
         tables=tables, title=title, charts=drawn or {}, about=about, faults=faults, policy=policy, scripts=scripts,
         styles=[_read("uPlot.min.css"), _read("page.css")],

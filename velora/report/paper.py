@@ -1,7 +1,7 @@
 """The paper's tables with ours beside them: for each row the printed figure, ours, and the difference, in the paper's columns.
 
-A table holds runs of one level only. Where that is not "as published" the printed figures are those of another setting, and no
-difference is taken. A row or column that the paper prints and nothing was run for stays in the table, marked.
+A table holds runs of one level only. Where that is not "as published" the printed figures are those of another setting, and
+no difference is taken. A row or column that the paper prints and nothing was run for stays in the table, marked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from velora.report.commands import made_of
 from velora.report.differences import natural, points
 from velora.report.printed import Row, Rows, shipped_rows
 from velora.report.records import PUBLISHED, Record
-from velora.report.seeds import Spread, paired, paired_values, spread
+from velora.report.seeds import Figure, Spread, paired, paired_values, spread
 from velora.report.table import Cell, Notes, Table
 from velora.report.text import human_number
 
@@ -79,6 +79,15 @@ def ours(record: Record, figure: str) -> float | None:
         peak = record["memory"].get("peak_allocated_bytes") or record["memory"].get("peak_estimated_bytes")
         return peak / 1e9 if peak is not None else None
     return record["speed"].get(SPEED) if figure == SPEED else record.scores.get(figure)
+
+
+def ours_of(figure: str) -> Figure:
+    return lambda record: ours(record, figure)
+
+
+def best_of(score: str) -> Figure:
+    """The score at the best evaluation of the run."""
+    return lambda record: record["metrics"].get("best", {}).get(score)
 
 
 def printed_tables(records: Iterable[Record], shipped: Rows | None = None) -> list[Printed]:
@@ -154,18 +163,24 @@ def _table(table: Printed, kind: str) -> Table:
 
 
 def _add_entry(
-    result: Table, table: Printed, entry: Entry, columns: list[str], kind: str, printed: list[float | None], averaged: bool
+    result: Table,
+    table: Printed,
+    entry: Entry,
+    columns: list[str],
+    kind: str,
+    printed: list[float | None],
+    averaged: bool,
 ) -> None:
     """The lines of one entry: ours, the best epoch where it is another, and the difference where it means something."""
     figures = [table.key(column, kind) or "" for column in columns]
-    found = [spread(entry.done(c), lambda r, k=k: ours(r, k)) for c, k in zip(columns, figures, strict=True)]
+    found = [spread(entry.done(c), ours_of(k)) for c, k in zip(columns, figures, strict=True)]
     shown = [_cell(result.notes, entry.runs.get(c, []), f, kind) for c, f in zip(columns, found, strict=True)]
     name = "ours" if entry.label == entry.row else f"ours ({entry.label.partition(', ')[2]})"
     command = "\n\n".join("\n".join([column, *made_of(runs)]) for column, runs in entry.runs.items())
     means = [f.mean if f else None for f in found]
     result.rows.append([Cell(entry.row), Cell(name), *shown, *([_mean_cell(means)] if averaged else [])])
     result.details += [""] * (len(result.rows) - 1 - len(result.details)) + [command]
-    best = [spread(entry.done(c), lambda r, k=k: r["metrics"].get("best", {}).get(k)) for c, k in zip(columns, figures, strict=True)]
+    best = [spread(entry.done(c), best_of(k)) for c, k in zip(columns, figures, strict=True)]
     if kind == "score" and any(b and f and abs(b.mean - f.mean) > 1e-9 for b, f in zip(best, found, strict=True)):
         texts = [Cell(str(b), value=b.mean) if b else Cell("-") for b in best]
         best_mean = [_mean_cell([b.mean if b else None for b in best])] if averaged else []
@@ -195,7 +210,12 @@ def _cell(marks: Notes, runs: list[Record], found: Spread | None, kind: str) -> 
     done = [record for record in runs if record["status"] == "ok"]
     if found and kind == "memory" and any(record["memory"].get("peak_allocated_bytes") is None for record in done):
         said.append(ESTIMATED)
-    said += dict.fromkeys(f"with {word}" for r in done for word in re.findall(r"trainer\.micro_batch_size=\S+", r.command) if kind != "score")
+    said += dict.fromkeys(
+        f"with {word}"
+        for r in done
+        for word in re.findall(r"trainer\.micro_batch_size=\S+", r.command)
+        if kind != "score"
+    )
     if found:
         return Cell(str(found), marks.marks(said), found.mean)
     if done:
@@ -216,8 +236,8 @@ def _about(table: Printed, columns: list[str], kind: str) -> list[str]:
     said.append("n: seeds, where there are several; ± is their sample standard deviation.")
     if table.level != PUBLISHED:
         said.append(
-            f"Level: {table.level}. This is not the published setting, so no difference to the paper is taken. Rows and columns of the paper "
-            "that were not run at this level are left out."
+            f"Level: {table.level}. This is not the published setting, so no difference to the paper is taken. "
+            "Rows and columns of the paper that were not run at this level are left out."
         )
     return said
 
@@ -256,10 +276,10 @@ def _tests(table: Printed, columns: list[str]) -> list[str]:
         pairs = []
         for column in columns:
             key = table.key(column, "score") or ""
-            found = paired(against.done(column), entry.done(column), lambda r, key=key: ours(r, key))
+            found = paired(against.done(column), entry.done(column), ours_of(key))
             if found and found.num_pairs > 1:
                 said.append(f"{entry.label} less {against.label}, {names[column]}, at the same seeds: {found}")
-            a, b = (spread(side.done(column), lambda r, key=key: ours(r, key)) for side in (against, entry))
+            a, b = (spread(side.done(column), ours_of(key)) for side in (against, entry))
             pairs += [(a.mean, b.mean)] if a and b else []
         over = paired_values(pairs)
         if over and over.num_pairs > 1:

@@ -26,7 +26,11 @@ def rows_below(folder: Path) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for file in sorted(folder.rglob("*.yaml")):
         experiment = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("experiment")
-        if not isinstance(experiment, dict) or not experiment.get("table") or not isinstance(experiment.get("paper"), dict):
+        if (
+            not isinstance(experiment, dict)
+            or not experiment.get("table")
+            or not isinstance(experiment.get("paper"), dict)
+        ):
             continue
         name = str(experiment.get("name"))
         row = str(experiment.get("row") or name.rpartition("/")[2])

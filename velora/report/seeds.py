@@ -1,8 +1,8 @@
 """Figures over seeds: the mean, the spread, and the paired comparison of two methods that ran with the same seeds.
 
-A seed that was run twice counts once, with the mean of its runs. The spread is the sample standard deviation over seeds. A paired
-test takes the differences at the seeds that both have: Student's t from three pairs on, and Wilcoxon's exact signed ranks
-from six on (with five pairs its two-sided p cannot fall below 1/16). Below that the differences are given and no p.
+A seed that was run twice counts once, with the mean of its runs. The spread is the sample standard deviation over seeds. A
+paired test takes the differences at the seeds that both have: Student's t from three pairs on, and Wilcoxon's exact signed
+ranks from six on (with five pairs its two-sided p cannot fall below 1/16). Below that the differences are given and no p.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ from velora.report.text import human_number
 
 MIN_T, MIN_WILCOXON = 3, 6
 Figure = Callable[[Record], float | None]
+
+
+def score(key: str) -> Figure:
+    return lambda record: record.scores.get(key)
+
+
+def measured(section: str, key: str) -> Figure:
+    """A figure of `memory`, `speed` or `parameters`."""
+    return lambda record: record[section].get(key)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from velora.report.differences import Point, groups, headings, points, shown
 from velora.report.formats import markdown, markdown_tables
 from velora.report.paper import paper_tables
 from velora.report.records import Record
-from velora.report.seeds import paired, spread
+from velora.report.seeds import paired, score, spread
 from velora.report.table import Cell, Notes, Table, cells
 from velora.report.text import for_markdown, human_bytes, human_number
 
@@ -105,8 +105,13 @@ def _columns(done: list[Record], marks: Notes) -> list[Column]:
     columns.append(("trainable parameters", lambda runs: Cell(human_number(runs[0]["parameters"]["trainable"]))))
     if key := speed_key(done):
         full = [record for record in done if record["method"] == "full" and record["speed"].get(key)]
-        reference = {device: _mean(r["speed"][key] for r in full if r["device"] == device) for device in {r["device"] for r in full}}
-        columns.append((key.removesuffix("_per_second") + "/s" + (", full = 1" if full else ""), _speed(key, reference, marks)))
+        reference = {
+            device: _mean(r["speed"][key] for r in full if r["device"] == device)
+            for device in {r["device"] for r in full}
+        }
+        columns.append(
+            (key.removesuffix("_per_second") + "/s" + (", full = 1" if full else ""), _speed(key, reference, marks))
+        )
     several = len({(record["device"], record.steps) for record in done}) > 1
     if several:
         columns.append(("steps", lambda runs: Cell(_listed(record.steps for record in runs))))
@@ -116,10 +121,12 @@ def _columns(done: list[Record], marks: Notes) -> list[Column]:
 
 def _score(key: str) -> Callable[[list[Record]], Cell]:
     def cell(runs: list[Record]) -> Cell:
-        found = spread(runs, lambda record: record.scores.get(key))
+        found = spread(runs, score(key))
         if not found:
             return Cell("-")
-        all_seeds = found.num_seeds == len({record["seed"] for record in runs})  # their number stands in the row already
+        all_seeds = found.num_seeds == len(
+            {record["seed"] for record in runs}
+        )  # their number stands in the row already
         return Cell(str(found).partition(", n=")[0] if all_seeds else str(found), value=found.mean)
 
     return cell
@@ -145,10 +152,10 @@ def _speed(key: str, reference: Mapping[str | None, float | None], marks: Notes)
         of_full = {reference.get(record["device"]) for record in runs}
         if not value or not reference:
             return Cell(human_number(value), value=value)
-        ratio = value / of_full.pop() if len(of_full) == 1 and None not in of_full else None
-        if ratio is None:
+        base = of_full.pop() if len(of_full) == 1 else None
+        if not base:
             return Cell("-", (marks.mark(f"{NO_REFERENCE} ({_listed(record['device'] for record in runs)})"),))
-        return Cell(f"{ratio:.2f}", value=ratio)
+        return Cell(f"{value / base:.2f}", value=value / base)
 
     return cell
 
@@ -172,7 +179,7 @@ def _tests(keys: Sequence[str], rows: Sequence[Point], columns: Sequence[Column]
     scores = dict.fromkeys(key for record in against.done for key in record.scores)
     for key in scores:
         for point in done:
-            found = paired(against.done, point.done, lambda record, key=key: record.scores.get(key))
+            found = paired(against.done, point.done, score(key))
             if point is not against and found and found.num_pairs > 1:
                 said.append(f"{key}, {point.label(keys)} less {against.label(keys)}, at the same seeds: {found}")
     return said

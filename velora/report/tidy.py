@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from velora.report.differences import Point, groups, points, shown
-from velora.report.paper import MEMORY, SPEED, ours, printed_tables
+from velora.report.paper import MEMORY, SPEED, ours_of, printed_tables
 from velora.report.printed import Rows
 from velora.report.records import PUBLISHED, Record
-from velora.report.seeds import spread
+from velora.report.seeds import Figure, measured, score, spread
 
 HEAD = (
-    "level", "table", "row", "task", "model", "method", "settings", "figure", "paper", "mean", "standard_deviation", "seeds", "difference",
-    "status", "device", "steps", "commit", "command", "folder", "error",
+    "level", "table", "row", "task", "model", "method", "settings", "figure", "paper", "mean", "standard_deviation", "seeds",
+    "difference", "status", "device", "steps", "commit", "command", "folder", "error",
 )  # fmt: skip
 Line = list[str | int | float | None]
 
@@ -29,7 +29,9 @@ def tidy(records: list[Record], shipped: Rows | None = None) -> list[Line]:
         for row, printed in table.rows.items():
             for column, figures in printed.items():
                 if (row, column) not in done:
-                    lines += [_missing(table.level, table.folder, row, column, name, value) for name, value in figures.items()]
+                    lines += [
+                        _missing(table.level, table.folder, row, column, name, value) for name, value in figures.items()
+                    ]
     return lines
 
 
@@ -39,7 +41,15 @@ def _of_point(keys: list[str], point: Point) -> list[Line]:
     first = (done or runs)[0]
     settings = ";".join(f"{key}={shown(v)}" for key, v in zip(keys, point.values, strict=True) if v is not None)
     table = str(first.experiment.get("name")).rpartition("/")[0] if first.table else None
-    start: Line = [first.level, table, first.row if first.table else None, first["task"], first["model"], point.method, settings]
+    start: Line = [
+        first.level,
+        table,
+        first.row if first.table else None,
+        first["task"],
+        first["model"],
+        point.method,
+        settings,
+    ]
     end: Line = [
         _listed(record.status for record in runs), _listed(record["device"] for record in runs), first.steps,
         _listed(record["git"].get("commit") for record in runs), _listed(record.command for record in runs),
@@ -55,17 +65,17 @@ def _of_point(keys: list[str], point: Point) -> list[Line]:
     return lines or [[*start, None, None, None, None, 0, None, *end]]
 
 
-def _figures(done: Iterable[Record]) -> list[tuple[str, Callable[[Record], float | None]]]:
+def _figures(done: Iterable[Record]) -> list[tuple[str, Figure]]:
     done = list(done)
-    found: list[tuple[str, Callable[[Record], float | None]]] = []
+    found: list[tuple[str, Figure]] = []
     for key in dict.fromkeys(key for record in done for key in record.scores):
-        found.append((key, lambda r, key=key: r.scores.get(key)))
-    found += [(name, lambda r, name=name: ours(r, name)) for name in (MEMORY, SPEED)]
+        found.append((key, score(key)))
+    found += [(name, ours_of(name)) for name in (MEMORY, SPEED)]
     for key in dict.fromkeys(key for record in done for key in record["memory"]):
-        found.append((f"memory.{key}", lambda r, key=key: r["memory"].get(key)))
+        found.append((f"memory.{key}", measured("memory", key)))
     for key in dict.fromkeys(key for record in done for key in record["speed"] if key != SPEED):
-        found.append((f"speed.{key}", lambda r, key=key: r["speed"].get(key)))
-    found.append(("parameters.trainable", lambda r: r["parameters"].get("trainable")))
+        found.append((f"speed.{key}", measured("speed", key)))
+    found.append(("parameters.trainable", measured("parameters", "trainable")))
     return found
 
 
