@@ -47,13 +47,14 @@ def groups(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def points(records: Sequence[Record]) -> tuple[list[str], list[Point]]:
-    """The keys that differ, and the points in natural order: methods as they come, numbers by their size."""
+    """The keys that differ, and the points in natural order: full training and then the methods as they come, numbers by size."""
     keys = differing(records)
     found: dict[tuple[str, tuple[Value, ...]], list[Record]] = {}
     for record in records:
         values = tuple(flat(record).get(key) for key in keys)
         found.setdefault((record["method"], values), []).append(record)
-    order = {method: place for place, method in enumerate(dict.fromkeys(record["method"] for record in records))}
+    methods = sorted(dict.fromkeys(record["method"] for record in records), key="full".__ne__)
+    order = {method: place for place, method in enumerate(methods)}
     ordered = sorted(found, key=lambda point: (order[point[0]], [natural(value) for value in point[1]]))
     return keys, [Point(*point, tuple(found[point])) for point in ordered]
 
