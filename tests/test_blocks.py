@@ -137,7 +137,7 @@ def test_of_a_block_its_input_is_kept_and_nothing_else(family: str) -> None:
 @pytest.mark.parametrize("how", ["exact", "velora"])
 @pytest.mark.parametrize("family", ["llama", "roberta", "vit"])
 def test_lean_blocks_keep_no_more_than_plain_ones(family: str, how: str) -> None:
-    """Of one further block, lean inside, its input is kept and nothing else: no source of a recipe that was left in the one before."""
+    """Of one further block its input is kept and nothing else: no source of a recipe that was left in the one before."""
     kept = []
     for blocks in (2, 3):
         model = FAMILIES[family](blocks)
