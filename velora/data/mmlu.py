@@ -61,7 +61,7 @@ def _sample(subjects: list[Subject], keys: MMLUKeys, total: int) -> list[Subject
     every = [(subject.name, question.row) for subject in subjects for question in subject.questions]
     drawn = set(random.Random(keys.sample_seed).sample(every, keys.questions))
     kept = [
-        subject._replace(questions=tuple(q for q in subject.questions if (subject.name, q.row) in drawn))
+        Subject(subject.name, subject.shots, tuple(q for q in subject.questions if (subject.name, q.row) in drawn))
         for subject in subjects
     ]
     return [subject for subject in kept if subject.questions]

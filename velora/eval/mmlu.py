@@ -81,7 +81,9 @@ def _check_questions(subjects: list[Subject], keys: MMLUKeys, encoder: Encoder) 
         texts = [prompt_text(subject, question, 0, keys.prompt) for question in subject.questions]
         long = [q for q, text in zip(subject.questions, texts, strict=True) if len(text.encode()) > keys.max_length - 8]
         if long:
-            prompts(subject._replace(questions=tuple(long)), keys.model_copy(update={"num_shots": 0}), encoder)
+            prompts(
+                Subject(subject.name, subject.shots, tuple(long)), keys.model_copy(update={"num_shots": 0}), encoder
+            )
 
 
 class Benchmark:
