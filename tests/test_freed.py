@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from memory_helpers import loss_of
-from tiny import tiny_llama, tiny_roberta, tiny_vit
+from tiny import tiny_llama, tiny_roberta, tiny_vit, token_batch
 from torch import nn
 
 from velora.memory.freed import layers_by_role, layers_that_free_nothing, what_would_be_freed
 from velora.memory.ledger import measure_saved_bytes, take_ledger
-from velora.nn.apply import apply_velora
+from velora.nn.apply import apply_velora, calibrate
 from velora.nn.projection import split_width
 
 ROLES = ["query", "key", "value", "output", "gate", "up", "down"]
@@ -31,7 +31,8 @@ def predicted_and_actual(make, layers: list[str], num_groups: int = 4) -> tuple[
     by_role = layers_by_role(model)
     chosen = list(dict.fromkeys(path for role in layers for path in by_role[role]))
     sizes = {p: split_width(model.get_submodule(p).in_features, num_groups=num_groups)[1] for p in chosen}
-    (freed,) = what_would_be_freed(take_ledger(model, loss_of(model)), {"chosen": chosen}, sizes)
+    ledger = take_ledger(model, loss_of(model))
+    (freed,) = what_would_be_freed(ledger, {"chosen": chosen}, sizes, shared_codes=False)
     before = measure_saved_bytes(loss_of(model))
     apply_velora(model, layers, num_groups=num_groups, init="random")
     return freed.saved_bytes, before - measure_saved_bytes(loss_of(model))
@@ -41,6 +42,17 @@ def predicted_and_actual(make, layers: list[str], num_groups: int = 4) -> tuple[
 def test_prediction_in_llama(layers: list[str]) -> None:
     predicted, actual = predicted_and_actual(tiny_llama, layers)
     assert predicted == actual
+
+
+def test_codes_that_are_shared() -> None:
+    """Query, key and value have one code between them where their directions are those of the data."""
+    model, layers, groups = tiny_llama(), ["query", "key", "value", "gate", "up"], 4
+    paths = [path for role in layers for path in layers_by_role(model)[role]]
+    (freed,) = what_would_be_freed(take_ledger(model, loss_of(model)), {"chosen": paths}, dict.fromkeys(paths, 8))
+    before = measure_saved_bytes(loss_of(model))
+    apply_velora(model, layers, num_groups=groups)
+    calibrate(model, token_batch())
+    assert freed.saved_bytes == before - measure_saved_bytes(loss_of(model))
 
 
 @pytest.mark.parametrize("make", [tiny_roberta, tiny_vit])

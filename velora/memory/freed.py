@@ -55,16 +55,21 @@ def layers_by_role(model: nn.Module) -> dict[str, list[str]]:
 
 
 def what_would_be_freed(
-    ledger: Ledger, choices: Mapping[str, Collection[str]], sub_token_sizes: Mapping[str, int] | None = None
+    ledger: Ledger,
+    choices: Mapping[str, Collection[str]],
+    sub_token_sizes: Mapping[str, int] | None = None,
+    *,
+    shared_codes: bool = True,
 ) -> list[Freed]:
     """What each choice frees, out of the ledger of a model in which the chosen layers are still plain.
 
     `choices` maps a name (a role, a method) to module paths. `sub_token_sizes` maps module paths to S; the codes
-    of a layer are its input over S, once for all that read the same input with the same S (random directions are not shared), and
-    0 bytes where no size is given.
+    of a layer are its input over S, and 0 bytes where no size is given. Layers that read one tensor with one S share their codes
+    unless their directions differ: `shared_codes=False`, for random ones and for running averages.
     """
     swappable = {path for paths in choices.values() for path in paths}
-    return [_freed(ledger, name, set(paths), swappable, sub_token_sizes or {}) for name, paths in choices.items()]
+    sizes = sub_token_sizes or {}
+    return [_freed(ledger, name, set(paths), swappable, sizes, shared_codes) for name, paths in choices.items()]
 
 
 def what_velora_would_free(ledger: Ledger, plain: nn.Module, configured: nn.Module, config: Config) -> list[Freed]:
@@ -73,7 +78,8 @@ def what_velora_would_free(ledger: Ledger, plain: nn.Module, configured: nn.Modu
     names = {role: "+".join(r for r, paths in choices.items() if paths == own) for role, own in choices.items()}
     choices = {names[role]: paths for role, paths in choices.items()}  # a fused layer stands once
     sizes = {p: _sub_token_size(config, role, plain.get_submodule(p)) for role, paths in choices.items() for p in paths}
-    alone = what_would_be_freed(ledger, choices, sizes)
+    shared = getattr(config.activations, "init", "fixed_average") in ("fixed_average", "svd")
+    alone = what_would_be_freed(ledger, choices, sizes, shared_codes=shared)
     together = {}
     for choice in alone:
         readers = sorted({choice.choice, *choice.can_join}, key=list(choices).index)
@@ -83,7 +89,7 @@ def what_velora_would_free(ledger: Ledger, plain: nn.Module, configured: nn.Modu
     if twins := velora_layers(configured):
         sizes |= {path: twin.sub_token_size for path, twin in twins.items()}
         together[f"this configuration ({config.method.name})"] = list(twins)
-    return [*alone, *what_would_be_freed(ledger, together, sizes)]
+    return [*alone, *what_would_be_freed(ledger, together, sizes, shared_codes=shared)]
 
 
 def _sub_token_size(config: Config, role: str, module: nn.Module) -> int:
@@ -98,7 +104,12 @@ def _sub_token_size(config: Config, role: str, module: nn.Module) -> int:
 
 
 def _freed(
-    ledger: Ledger, choice: str, paths: set[str], swappable: set[str], sub_token_sizes: Mapping[str, int]
+    ledger: Ledger,
+    choice: str,
+    paths: set[str],
+    swappable: set[str],
+    sub_token_sizes: Mapping[str, int],
+    shared_codes: bool,
 ) -> Freed:
     held = freed = codes = 0
     join: dict[str, None] = {}
@@ -106,8 +117,8 @@ def _freed(
     for entry in _inputs_held_by(ledger, paths):
         inside = {holder.module for holder in entry.holders} & paths
         held += entry.num_bytes
-        sizes = {sub_token_sizes[path] for path in inside if path in sub_token_sizes}
-        codes += sum(entry.num_bytes // size for size in sizes)  # layers that read one tensor share their code
+        sizes = [sub_token_sizes[path] for path in inside if path in sub_token_sizes]
+        codes += sum(entry.num_bytes // size for size in (set(sizes) if shared_codes else sizes))
         others = [holder for holder in entry.holders if holder.module not in paths]
         if not others and not entry.outside_hook:
             freed += entry.num_bytes
