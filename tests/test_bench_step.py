@@ -99,7 +99,7 @@ def test_the_frontier_is_what_nothing_beats(points, best):
 @pytest.mark.parametrize(
     ("model", "overrides", "shapes"),
     [
-        ("llama_60m", ["model.architecture.num_hidden_layers=1"], {"input_ids": (4, 256), "labels": (4, 256)}),
+        ("llama_60m", ["model.architecture.num_hidden_layers=1"], {"input_ids": (8, 256), "labels": (8, 256)}),
         ("roberta_base", ["model.architecture.num_hidden_layers=1"], {"input_ids": (16, 64), "labels": (16,)}),
         ("vit_b16", ["++model.overrides.depth=1"], {"pixel_values": (4, 3, 224, 224), "labels": (4,)}),
     ],

@@ -287,7 +287,7 @@ def watch(tmp_path):
     config = config_of(tmp_path, *ROBERTA)
     logged = []
     run = SimpleNamespace(log=logged.append, writes=True)
-    trainer = SimpleNamespace(order=None, figures=Figures(torch.device("cpu"), "tokens"))
+    trainer = SimpleNamespace(order=None, data=None, figures=Figures(torch.device("cpu"), "tokens"))
     watch = loop.Watch(config, run, PHASE, trainer, SimpleNamespace(signal_name=None), None)
     return watch, trainer.figures, logged
 
