@@ -28,6 +28,7 @@ from velora.errors import ConfigError, Diverged, RunError
 from velora.eval.questions import Answer, flat_scores, header_and_answers, scores
 from velora.eval.shared_prefix import next_token_log_probs
 from velora.models.tokenizer import check_vocabulary, network_limits
+from velora.nn.surroundings import autocast_as
 from velora.run.files import why, write_whole
 from velora.run.notes import note
 
@@ -146,7 +147,7 @@ def _ask(
     rows: dict[int, list[float]] = {}
     for num_shots in sorted({prompt.num_shots for prompt in asked}, reverse=True):
         group = [i for i, prompt in enumerate(asked) if prompt.num_shots == num_shots]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast_as(dtype, device):
             found = next_token_log_probs(
                 network, [asked[i].context for i in group], asked[0].letters, batch_size=batch_size,
                 padding_id=asked[0].letters[0], share=share, after_batch=progress,

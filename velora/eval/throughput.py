@@ -28,6 +28,7 @@ from velora.eval.mmlu import Benchmark
 from velora.eval.shared_prefix import next_token_log_probs
 from velora.memory.meter import autocast_dtype
 from velora.models.build import build_network
+from velora.nn.surroundings import autocast_as
 from velora.run.device import device_name, training_device
 from velora.run.environment import versions
 from velora.run.files import write_whole
@@ -102,7 +103,7 @@ def _subject(network: nn.Module, benchmark: Benchmark, index: int, rounds: int, 
     for _ in range(rounds):
         for way, times in seconds.items():
             started, cpu_started = time.perf_counter(), time.process_time()
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast_as(dtype, device):
                 found[way] = next_token_log_probs(
                     network,
                     contexts,

@@ -22,19 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.recipe import (
-    Making,
-    Product,
-    autocast_dtype,
-    cast,
-    forward_may_stop,
-    leave_recipe,
-    random_state,
-    random_state_of,
-    recipe_of,
-    sources_of,
-    stand_in,
-)
+from velora.nn.recipe import Making, Product, forward_may_stop, leave_recipe, recipe_of, sources_of, stand_in
+from velora.nn.surroundings import autocast_dtype, cast, random_state, random_state_of
 
 NO_SECOND_DERIVATIVE = "a lean layer has no second derivative: call velora.remove_lean(model) where one is needed"
 PLAIN_CLASS = "_plain_class"  # attribute of a twin's class: what it was made from
@@ -46,13 +35,14 @@ def plain_class_of(module: nn.Module) -> type[nn.Module]:
     return vars(type(module)).get(PLAIN_CLASS, type(module))
 
 
+def is_recorded() -> bool:
+    """Whether autograd records a forward here. torch.compile plans itself what it keeps: plain layers are traced."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def wants_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a forward of these is recorded here. torch.compile plans itself what it keeps: plain layers are traced."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    )
+    """Whether a forward of these is recorded."""
+    return is_recorded() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def in_rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -109,31 +99,27 @@ class _Linear(torch.autograd.Function):
 
 
 class LeanRMSNorm:
-    """Mixin for y = w x / sqrt(mean(x²) + ε) in the form of transformers' LLaMA: x̂ is rounded to x's dtype before w.
-
-    Class attribute `epsilon_name`: where the plain class has its ε.
-    """
-
-    epsilon_name = "variance_epsilon"
+    """Mixin for y = w x / sqrt(mean(x²) + ε) in the form of transformers' LLaMA: x̂ is rounded to x's dtype before w."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if not wants_gradient(hidden_states, self.weight):
             return super().forward(hidden_states)  # type: ignore[misc]
-        y, rstd = _RMSNorm.apply(hidden_states, self.weight, getattr(self, self.epsilon_name))
-        leave_recipe(y, Making(_rms_norm), hidden_states, rstd, self.weight)
-        return y
+        return _lean_rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LeanTorchRMSNorm(LeanRMSNorm):
-    """nn.RMSNorm over the last dimension; its ε may be None, the smallest step of the dtype."""
+class LeanTorchRMSNorm:
+    """Mixin for nn.RMSNorm over the last dimension; its ε may be None, the smallest step of the dtype."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         if len(self.normalized_shape) != 1 or self.weight is None or not wants_gradient(input, self.weight):
-            return super(LeanRMSNorm, self).forward(input)  # type: ignore[misc]
-        eps = torch.finfo(input.dtype).eps if self.eps is None else self.eps
-        y, rstd = _RMSNorm.apply(input, self.weight, eps)
-        leave_recipe(y, Making(_rms_norm), input, rstd, self.weight)
-        return y
+            return super().forward(input)  # type: ignore[misc]
+        return _lean_rms_norm(input, self.weight, torch.finfo(input.dtype).eps if self.eps is None else self.eps)
+
+
+def _lean_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y, rstd = _RMSNorm.apply(x, weight, eps)
+    leave_recipe(y, Making(_rms_norm), x, rstd, weight)
+    return y
 
 
 def _rms_norm(x: Tensor, rstd: Tensor, weight: Tensor) -> Tensor:
@@ -201,10 +187,7 @@ def _layer_norm(
 
 
 class LeanActivation:
-    """Mixin for an elementwise function that keeps its input: all that it does more is to leave a recipe on its output.
-
-    Class attribute `plain_forward(module, x)`: the plain class's forward.
-    """
+    """Mixin for an elementwise function that keeps its input: all that it does more is to leave a recipe on its output."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
         y = super().forward(input)  # type: ignore[misc]
@@ -226,8 +209,7 @@ class LeanDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return input
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if self.inplace or self.p == 1.0 or not input.is_contiguous() or not recorded:
+        if self.inplace or self.p == 1.0 or not input.is_contiguous() or not is_recorded():
             return F.dropout(input, self.p, True, self.inplace)
         state = random_state(input.device)
         y = _Dropout.apply(

@@ -19,16 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.lean_layers import NO_SECOND_DERIVATIVE, in_rows, plain_class_of
-from velora.nn.recipe import (
-    Making,
-    autocast_as,
-    autocast_dtype,
-    leave_recipe,
-    random_state,
-    random_state_of,
-    sources_of,
-)
+from velora.nn.lean_layers import NO_SECOND_DERIVATIVE, in_rows, is_recorded, plain_class_of
+from velora.nn.recipe import Making, leave_recipe, sources_of
+from velora.nn.surroundings import autocast_as, autocast_dtype, random_state, random_state_of
 
 _gelu_backward = torch.ops.aten.gelu_backward
 
@@ -77,7 +70,7 @@ class LeanMLP:
     def forward(self: Any, x: Tensor) -> Tensor:
         layers = [getattr(self, name) for name in self.first]
         activation = activation_of(getattr(self, self.activation))
-        if activation is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if activation is None or not is_recorded():
             return super().forward(x)  # type: ignore[misc]
         h = _activated(activation, layers, x, self.again)
         for name in self.rest:
@@ -86,27 +79,24 @@ class LeanMLP:
 
 
 def _activated(activation: Activation, layers: Sequence[nn.Module], x: Tensor, again: bool) -> Tensor:
-    """h (..., F), with its recipe."""
-    making = None
-    if again:
-        making, sources, before = _computed_again(layers, x)
-    before = before if again else tuple(layer(x) for layer in layers)
-    if not again:
-        sources = before
+    """h (..., F), with its recipe: of what the layers have made, or of what they are computed from again."""
+    making, sources = _computed_again(layers, x) if again else (None, ())
+    before = tuple(layer(x) for layer in layers)
     if not any(tensor.requires_grad for tensor in before):
         return _activate(activation, *before)
-    h = _Activated.apply(activation, making, len(before), *before, *(sources if again else ()))
-    leave_recipe(h, Making(partial(_activate, activation), making, len(sources)), *sources)
+    h = _Activated.apply(activation, making, len(before), *before, *sources)
+    kept = sources if again else before
+    leave_recipe(h, Making(partial(_activate, activation), making, len(kept)), *kept)
     return h
 
 
-def _computed_again(layers: Sequence[nn.Module], x: Tensor) -> tuple[Making, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What makes the layers' outputs again, from which sources, and the outputs themselves."""
+def _computed_again(layers: Sequence[nn.Module], x: Tensor) -> tuple[Making, tuple[Tensor, ...]]:
+    """What makes the layers' outputs again, and from which sources; called before they draw random numbers."""
     making, sources = sources_of(x)
     draws = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for layer in layers for m in layer.modules())
     state = (random_state(x.device),) if draws else ()
     call = partial(_call, tuple(layers), autocast_dtype(x.device))
-    return Making(call, making, len(sources)), (*sources, *state), tuple(layer(x) for layer in layers)
+    return Making(call, making, len(sources)), (*sources, *state)
 
 
 def _call(layers: Sequence[nn.Module], dtype: torch.dtype | None, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.recipe import Product, autocast_dtype, cast, cast_type, forward_may_stop, stand_in
+from velora.nn.recipe import Product, forward_may_stop, stand_in
+from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from velora.nn.first_order import refuse_second_derivative
-from velora.nn.projection import _without_autocast, sum_over_tokens
-from velora.nn.recipe import autocast_dtype, cast
+from velora.nn.projection import sum_over_tokens
+from velora.nn.surroundings import autocast_as, autocast_dtype, cast
 
 _NO_SECOND_DERIVATIVE = (
     "linear_cross_entropy has no second derivative: its gradients are made in the forward. Where one is needed take the "
@@ -101,7 +101,7 @@ class _SumOfLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         w, b = cast(weight, cast_to), None if bias is None else cast(bias, cast_to)
-        with _without_autocast(hidden.device):
+        with autocast_as(None, hidden.device):
             loss, gradients = _in_chunks(hidden, w, b, labels, counted, wanted, chunk_size)
         # a sum over tokens may be beyond float16, and has room in all others
         kept = [

@@ -16,8 +16,6 @@ be collected layer by layer in one forward, over many batches and over many rank
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from velora.errors import ConfigError
+from velora.nn.surroundings import autocast_as
 
 INITS = ("fixed_average", "running_average", "random", "svd")
 """Where a direction comes from; the paper's ablation (Table 5c)."""
@@ -71,7 +70,7 @@ def compress(x: Tensor, direction: Tensor) -> Tensor:
     `code_unit`."""
     sub_token_size = direction.shape[0]
     v = (direction / code_unit(x.dtype, sub_token_size)).to(x.dtype)
-    with _without_autocast(x.device):
+    with autocast_as(None, x.device):
         z = F.linear(split(x, sub_token_size), v.unsqueeze(0))  # (N G, 1)
     return z.view(-1, x.shape[-1] // sub_token_size)
 
@@ -90,7 +89,7 @@ def sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
     """
     if not torch.compiler.is_compiling() and has_torch_function((a, b)):
         return handle_torch_function(sum_over_tokens, (a, b), a, b)
-    with _without_autocast(a.device):
+    with autocast_as(None, a.device):
         if a.dtype not in (torch.float16, torch.bfloat16):
             return a.mT @ b
         if a.device.type == "cuda":
@@ -99,12 +98,6 @@ def sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
         for some, same in zip(a.split(_TOKENS_AT_A_TIME, -2), b.split(_TOKENS_AT_A_TIME, -2), strict=True):
             total += some.float().mT @ same.float()
         return total
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Products in the dtypes of their factors: autocast may be on here, in a backward inside it or traced inside it, too."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 class SubTokenStatistics:

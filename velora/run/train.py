@@ -29,6 +29,7 @@ from velora.errors import Diverged, Interrupted, RunError, first_line
 from velora.memory.ledger import take_ledger
 from velora.memory.meter import autocast_dtype, training_loss
 from velora.nn.apply import without_a_trace
+from velora.nn.surroundings import autocast_as
 from velora.run.arguments import training_arguments
 from velora.run.benchmark import judge
 from velora.run.checkpoints import non_finite_tensors, step_of
@@ -113,10 +114,11 @@ def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: 
     batch = send_to_device(batch, device)
     network.train()
     loss = training_loss(network, batch, config)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        dtype = autocast_dtype(config)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            config.activations.calibrate(network, batch)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        autocast_as(autocast_dtype(config), device),
+    ):
+        config.activations.calibrate(network, batch)
     if not config.trainer.measure_memory:
         return
     with without_a_trace(network), torch.enable_grad():
