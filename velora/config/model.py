@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
@@ -151,32 +151,53 @@ def minilm_folder() -> Path:
     return folder
 
 
-class MiniLM(PretrainedModel):
-    """The encoder all-MiniLM-L6-v2: real pre-trained weights from a package index, without a hub."""
+class PackagedModel(PretrainedModel):
+    """A network inside an installed package, with its tokenizer: real pre-trained weights from a package index, without a hub.
 
-    kind: Literal["minilm"]
+    Class attributes: what its keys must be, since the package says it, and the model that takes other values.
+    """
+
+    fixed: ClassVar[dict[str, Any]]
+    instead: ClassVar[str]
+
+    @staticmethod
+    def folder() -> Path:
+        """Where the weights lie; ConfigError where they do not."""
+        raise NotImplementedError
 
     def problems(self, config: Config) -> Iterator[str]:
         try:
-            minilm_folder()
+            self.folder()
         except ConfigError as error:
             yield str(error)
         if self.path is not None:
-            yield f"model.path={self.path}: model=minilm is the network inside its package; use model=encoder for a folder"
-        for key, value in (("tokenizer", "package"), ("tokenizer_folder", None), ("architecture", None)):
-            if getattr(self, key) != value:
-                yield f"model.{key}={getattr(self, key)}: model=minilm has that in its package; use model=encoder to change it"
+            yield (
+                f"model.path={self.path}: model={self.name} is the network inside its package; use model={self.instead} for a "
+                "folder"
+            )
+        for key, value in self.fixed.items():
+            if (given := getattr(self, key)) != value:
+                yield f"model.{key}={given}: model={self.name} has that in its package; use model={self.instead} to change it"
+
+    def source(self) -> str | None:
+        return str(self.folder())
+
+
+class MiniLM(PackagedModel):
+    """The encoder all-MiniLM-L6-v2."""
+
+    kind: Literal["minilm"]
+    fixed: ClassVar[dict[str, Any]] = {"tokenizer": "package", "tokenizer_folder": None, "architecture": None}
+    instead: ClassVar[str] = "encoder"
+    folder = staticmethod(minilm_folder)
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("sequence_classification",)
 
-    def source(self) -> str | None:
-        return str(minilm_folder())
-
     def preprocessor(self, config: Config) -> Any:
         from velora.models.tokenizer import from_folder, padded_as
 
-        return padded_as(self.padding_id(), from_folder(minilm_folder()))
+        return padded_as(self.padding_id(), from_folder(self.folder()))
 
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -196,32 +217,24 @@ def smollm2_folder() -> Path:
     return folder
 
 
-class SmolLM2(PretrainedModel):
-    """SmolLM2-135M-Instruct, a decoder of the LLaMA family: real pre-trained weights from a package index, without a hub.
+class SmolLM2(PackagedModel):
+    """SmolLM2-135M-Instruct, a decoder of the LLaMA family.
 
     It pads with its unknown token: its file names the end token, which must train.
     """
 
     kind: Literal["smollm2"]
+    fixed: ClassVar[dict[str, Any]] = {"tokenizer": "package", "tokenizer_folder": None}
+    instead: ClassVar[str] = "causal_lm"
+    folder = staticmethod(smollm2_folder)
 
     def problems(self, config: Config) -> Iterator[str]:
-        try:
-            smollm2_folder()
-        except ConfigError as error:
-            yield str(error)
-        if self.path is not None:
-            yield f"model.path={self.path}: model={self.name} is the network inside its package; use model=causal_lm for a folder"
-        for key, value in (("tokenizer", "package"), ("tokenizer_folder", None)):
-            if (given := getattr(self, key)) != value:
-                yield f"model.{key}={given}: model={self.name} has that in its package; use model=causal_lm to change it"
+        yield from super().problems(config)
         if self.architecture is None:
             yield f"model.architecture=null: model={self.name} is described by it; leave it as it is"
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("causal_lm",)
-
-    def source(self) -> str | None:
-        return str(smollm2_folder())
 
     def read_options(self) -> dict[str, Any]:
         return {"gguf_file": SMOLLM2_FILE}
@@ -229,7 +242,7 @@ class SmolLM2(PretrainedModel):
     def preprocessor(self, config: Config) -> Any:
         from velora.models.tokenizer import gguf_tokenizer
 
-        return gguf_tokenizer(smollm2_folder(), SMOLLM2_FILE)
+        return gguf_tokenizer(self.folder(), SMOLLM2_FILE)
 
 
 class ViT(Model):
