@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.text import Text
 
-from velora.bench.step import frontier
+from velora.report.frontier import frontier
 from velora.report.text import for_figure
 from velora.run.files import write_whole
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from velora.bench.machine import in_turn, load_average, machine, quartiles
 from velora.errors import ConfigError
+from velora.report.frontier import frontier
 
 if TYPE_CHECKING:
     import torch
@@ -279,16 +280,6 @@ def with_ratios(rows: Mapping[str, dict[str, Any]], seconds: Mapping[str, list[f
     }
     best = frontier({name: (point["time_ratio"], point["bytes_ratio"]) for name, point in points.items()})
     return {name: {**point, "on_frontier": name in best} for name, point in points.items()}
-
-
-def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """The names of the points that no other is at least as good as in both numbers and better in one, by the first number."""
-
-    def beaten(name: str) -> bool:
-        a, b = points[name]
-        return any(x <= a and y <= b and (x, y) != (a, b) for x, y in points.values())
-
-    return sorted((name for name in points if not beaten(name)), key=lambda name: points[name])
 
 
 def table(record: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from velora.report.differences import Point, points, short, shown
+from velora.report.frontier import frontier
 from velora.report.records import Record
 from velora.report.seeds import measured, score, spread
 
@@ -99,7 +100,7 @@ def _frontier(keys: Sequence[str], rows: Sequence[Point], device: str | None) ->
     for row in rows:
         runs = [record for record in row.done if record["device"] == device]
         held = spread(runs, measured("memory", KEPT))
-        speed = spread(runs, speed_of)
+        speed = spread(runs, lambda record: record.items_per_second)
         unit = "images" if any(record["speed"].get("images_per_second") for record in runs) else unit
         if held and speed:
             found.append((row.label(keys), held.mean / 2**20, speed.mean))
@@ -116,15 +117,7 @@ def _frontier(keys: Sequence[str], rows: Sequence[Point], device: str | None) ->
 
 def on_frontier(found: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points (bytes, speed) such that no other has at most the bytes and at least the speed, by bytes."""
-    best: list[tuple[float, float]] = []
-    for x, y in sorted(set(found), key=lambda point: (point[0], -point[1])):
-        if not best or y > best[-1][1]:
-            best.append((x, y))
-    return best
-
-
-def speed_of(record: Record) -> float | None:
-    return record["speed"].get("tokens_per_second") or record["speed"].get("images_per_second")
+    return frontier({point: (point[0], -point[1]) for point in found})
 
 
 def thinned(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -109,7 +109,7 @@ def _memory_against_speed(axes: Any, group: list[Record], colour: dict[str, str]
     named: set[str] = set()
     for record in group:
         held = record["memory"].get("saved_for_backward_bytes")
-        speed = record["speed"].get("tokens_per_second") or record["speed"].get("images_per_second")
+        speed = record.items_per_second
         if held is None or speed is None:
             continue
         axes.plot(held / 2**20, speed, "o", markersize=8, color=colour[record.label])

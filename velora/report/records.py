@@ -30,6 +30,11 @@ class Record:
         return {k: v for k, v in self["metrics"].items() if not isinstance(v, dict)}
 
     @property
+    def items_per_second(self) -> float | None:
+        """Tokens or images, whichever the task counts."""
+        return self["speed"].get("tokens_per_second") or self["speed"].get("images_per_second")
+
+    @property
     def paper(self) -> dict[str, float]:
         """The figures that the paper prints for this run, if its experiment names any."""
         return self.printed.get(self.column, {})

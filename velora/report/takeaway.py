@@ -33,11 +33,11 @@ def takeaway(records: list[Record]) -> str:
 
 
 def _is_whole(record: Record) -> bool:
-    return None not in (record["memory"].get("saved_for_backward_bytes"), _speed(record), record.scores.get("loss"))
-
-
-def _speed(record: Record) -> float | None:
-    return record["speed"].get("tokens_per_second") or record["speed"].get("images_per_second")
+    return None not in (
+        record["memory"].get("saved_for_backward_bytes"),
+        record.items_per_second,
+        record.scores.get("loss"),
+    )
 
 
 def _sentences(labels: Mapping[str, list[Record]]) -> str:
@@ -77,7 +77,7 @@ def _point(label: str, runs: list[Record], full: list[Record] | None) -> _Point:
         return mean(record["memory"]["saved_for_backward_bytes"] for record in some)
 
     def speed(some: list[Record]) -> float:
-        return mean(_speed(record) or 0.0 for record in some)
+        return mean(record.items_per_second or 0.0 for record in some)
 
     full = full or runs
     loss = mean(record.scores["loss"] for record in runs)
