@@ -220,6 +220,8 @@ def test_questions_and_network_must_fit(root: Path) -> None:
     short = stand_in(root, architecture={"model_type": "llama", "max_position_embeddings": 512})
     with pytest.raises(ConfigError, match=r"max_length=2048 is more than the 512 positions"):
         load_benchmark(keys(subjects=["anatomy"]), bytes_tokenizer(), short)
+    with pytest.raises(ConfigError, match=r"^task\.mmlu\.max_length=2048 is more than the 512 positions"):
+        load_benchmark(keys(subjects=["anatomy"]), bytes_tokenizer(), short, "task.mmlu")
     write_subject(root, subject("anatomy", 3, num_shots=2))
     with pytest.raises(ConfigError, match=r"anatomy has 2 examples in dev"):
         benchmark(root)

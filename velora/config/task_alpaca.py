@@ -92,7 +92,7 @@ class AlpacaMMLU(AlpacaKeys):
 
         from velora.eval.mmlu import load_benchmark
 
-        benchmark = load_benchmark(self.mmlu, preprocessor, config)
+        benchmark = load_benchmark(self.mmlu, preprocessor, config, "task.mmlu")
         data = super().load(preprocessor, config)
         about = {**data.about, "mmlu": benchmark.about}
         return replace(data, benchmark=benchmark, benchmark_every_epoch=self.mmlu_every == "epoch", about=about)

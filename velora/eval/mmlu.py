@@ -51,11 +51,14 @@ def _nothing(examples: list[Any]) -> dict[str, Any]:
     raise AssertionError("there is nothing to train on")
 
 
-def load_benchmark(keys: MMLUKeys, tokenizer: Any, config: Config) -> Benchmark:
-    """Read the questions and see that they can be asked; ConfigError where data, tokenizer or positions do not allow it."""
+def load_benchmark(keys: MMLUKeys, tokenizer: Any, config: Config, section: str = "task") -> Benchmark:
+    """Read the questions and see that they can be asked; ConfigError where data, tokenizer or positions do not allow it.
+
+    `section` is where the keys stand, for its sentences: "task" or "task.mmlu".
+    """
     limits = network_limits(config)
     check_vocabulary(tokenizer, limits, config)
-    if sentence := too_long(keys.max_length, limits.positions, "task", config):
+    if sentence := too_long(keys.max_length, limits.positions, section, config):
         raise ConfigError(sentence)
     subjects, about = read_subjects(keys, config.data.root)
     encoder = Encoder(tokenizer)

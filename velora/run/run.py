@@ -151,8 +151,7 @@ def _train_phase(
     scores = {**outcome.final_scores, "best": outcome.best_scores}
     if final:
         measured.metrics.update(scores)
-        if data.benchmark is not None:
-            measured.metrics.update(judge(config, run, data, outcome.network, outcome.step))
+        measured.metrics.update(judge(config, run, data, outcome.network, outcome.step))
         if config.trainer.save_model and run.writes:
             config.adapter.save(outcome.network, run.folder / "model")
             if hasattr(preprocessor, "save_pretrained"):
