@@ -27,10 +27,15 @@ def main() -> None:
         action="store_true",
         help="end with two sentences: what is kept at which speed, and what that costs",
     )
+    parser.add_argument("--status", action="store_true", help="how far the sweeps below the folder are, and stop")
     arguments = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±"
+    if arguments.status:
+        from velora.sweep.status import print_status
+
+        sys.exit(print_status(arguments.folder))
     out = arguments.out or arguments.folder
     sys.exit(report(arguments.folder, out, not arguments.no_figures, takeaway=arguments.takeaway))
 
