@@ -106,7 +106,9 @@ class Sweeps:
         from hydra.core.utils import filter_overrides
         from omegaconf import open_dict
 
-        planned, problems, folders = [], [], {}
+        planned: list[Planned] = []
+        problems: list[tuple[str, str]] = []
+        folders: dict[str, list[str]] = {}
         for job in jobs:
             overrides = [override for override in job if not is_sweep_key(override.partition("=")[0].lstrip("+~"))]
             try:
