@@ -68,6 +68,7 @@ class StandIns:
         self.behaves: dict[int, str] = {}
         self.started: list[int] = []
         self.scores: dict[int, float] = {}
+        self.run: Any = None
 
     def command_of(self, overrides: list[str]) -> list[str]:
         config = composed(*(o for o in overrides if not o.startswith("hydra")))
@@ -97,3 +98,19 @@ class StandIns:
 
     def statuses(self) -> dict[int, str]:
         return {int(job.run.rpartition("seed")[2]): job.status for job in self.state().jobs}
+
+
+def make_stand_ins(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> StandIns:
+    stand_ins = StandIns(folder, capsys)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(velora.sweep.workers, "command_of", stand_ins.command_of)
+    stand_ins.run = functools.partial(stand_ins, monkeypatch=monkeypatch)
+    return stand_ins
+
+
+def running_pids(folder: Path) -> list[int]:
+    """The processes that the sweeps below a folder of runs have under way."""
+    states = [read_state(file) for file in (folder / ".sweep").glob("*/sweep.json")]
+    return [job.process.pid for state in states for job in state.jobs if job.is_running_elsewhere()]

@@ -39,6 +39,10 @@ class _Reported(Exception):
         self.status = status
 
 
+class SweepEnded(BaseException):
+    """A sweep starts no further run: not an Exception, for a sweeper may go on after those."""
+
+
 class _Stopped(BaseException):
     """Ctrl-C or SIGTERM, reported already: not an Exception, for Hydra goes on with a multirun after those."""
 
@@ -102,9 +106,11 @@ def launch(program: str, job: Job, *, sweeps: bool = False, stopped: int = 1) ->
         return stopped
     except _Reported as reported:
         return reported.status
+    except SweepEnded:
+        pass
     except ConfigError as error:
-        return report(program, str(error), 2)
-    return sweep.close() if sweep is not None else status
+        status = report(program, str(error), 2)
+    return (sweep.close() if sweep is not None else 0) or status
 
 
 def _sweep(folders: Sequence[Path]) -> Sweeps | None:

@@ -153,7 +153,9 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
         return argument
     if override.is_sweep_override():
         glob = isinstance(value, Glob)
-        values = _matching(argument, key, value, known) if glob else list(override.sweep_iterator())
+        values = ["..."]  # of an interval, for sweepers that search
+        if override.is_discrete_sweep():
+            values = _matching(argument, key, value, known) if glob else list(override.sweep_iterator())
         if not values:
             raise ConfigError(f"{argument} gives no value, so nothing would run")
         if not multirun and not (glob and len(values) == 1):
@@ -161,7 +163,7 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
                 f"{argument} gives several values: add -m for one run each, write [...] around a list, or quote a text: "
                 f"{quoted(argument)}"
             )
-        for choice in values if known and not glob else ():
+        for choice in values if known and not glob and override.is_discrete_sweep() else ():
             _check_choice(f"{argument.partition('=')[0]}={choice}", key, choice, known)
         return f"{argument.partition('=')[0]}={','.join(map(str, values))}" if glob else argument
     if known:

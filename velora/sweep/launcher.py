@@ -72,14 +72,19 @@ class Sweeps:
         ConfigStore.instance().store(group="hydra/launcher", name=NAME, node={"_target_": target}, provider="velora")
 
     def launch(self, loader: Any, master: Any, jobs: list[list[str]]) -> list[JobReturn]:
-        """Compose, check and run one batch."""
+        """Compose, check and run one batch; SweepEnded where no further one may start."""
         from hydra.core.utils import JobReturn, JobStatus
 
+        from velora.cli import SweepEnded
+
+        planned = self._planned(loader, master, jobs)
         if self._sweep is None:
             self._sweep = self._open(master)
-        planned = self._planned(loader, master, jobs)
         returns = []
-        for job, entry in zip(planned, self._sweep.run(planned), strict=True):
+        entries = self._sweep.run(planned)
+        if self._sweep.is_stopping():
+            raise SweepEnded
+        for job, entry in zip(planned, entries, strict=True):
             score = self._score_of(job) if entry.status == "ok" else None
             returns.append(JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=score))
         return returns

@@ -113,7 +113,7 @@ class Sweep:
                 if (code := worker.poll()) is not None:
                     del running[slot]
                     self._ended(entry, code, line)
-            waiting = [] if self._is_stopping(batch) else [e for e in batch if e.status == "waiting"]
+            waiting = [] if self.is_stopping() else [e for e in batch if e.status == "waiting"]
             free = [slot for slot in range(len(slots)) if slot not in running][: max(0, len(slots) - len(running))]
             for entry, slot in zip(waiting, free, strict=False):
                 running[slot] = (entry, self._start(entry, slots[slot]))
@@ -151,8 +151,9 @@ class Sweep:
         self._state.save()
         line.ended(entry, seconds)
 
-    def _is_stopping(self, batch: list[Entry]) -> bool:
-        failed = any(entry.status in ("failed", "refused", "interrupted") for entry in batch)
+    def is_stopping(self) -> bool:
+        """Whether no further run may start: after a signal, or a failure with `sweep.on_failure=stop`."""
+        failed = any(entry.status in ("failed", "refused", "interrupted") for entry in self._state.jobs)
         return bool(self._signals) or (failed and self.settings.on_failure == "stop")
 
     # Signals
