@@ -145,8 +145,7 @@ def test_the_same_run_twice(sweep):
 def test_one_process_for_each_gpu(sweep, monkeypatch):
     """Two GPUs, four runs: each run waits until two have started, so they do run at once; each sees one of the two."""
     wait = (
-        "open(folder + '/started', 'w'); import glob\n"
-        "while len(glob.glob('runs/*/*/started')) < 2: time.sleep(0.01)\n"
+        "open(folder + '/started', 'w'); import glob\nwhile len(glob.glob('runs/*/*/started')) < 2: time.sleep(0.01)\n"
     )
     sweep.behaves = dict.fromkeys(range(4), wait + does.OK)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
@@ -158,7 +157,7 @@ def test_one_process_for_each_gpu(sweep, monkeypatch):
     assert {job.device for job in sweep.state().jobs} == {"GPU 3", "GPU 5"}
 
 
-@pytest.mark.parametrize(("jobs", "device", "gpus"), [(1, "auto", {"3,5"}), (3, "auto", {"3", "5"}), (2, "cpu", {"3,5"})])
+@pytest.mark.parametrize(("jobs", "device", "gpus"), [(1, "auto", {"3"}), (3, "auto", {"3", "5"}), (2, "cpu", {"3,5"})])
 def test_as_many_at_once_as_asked_for(sweep, monkeypatch, jobs, device, gpus):
     wait = (
         "open(folder + '/started', 'w'); import glob\n"
@@ -250,7 +249,9 @@ def test_a_state_that_is_none(sweep, text):
 
 def test_the_same_command_is_the_same_sweep():
     given = ["-m", "method=full,velora", "seed=1"]
-    assert name_of(given) == name_of(["--multirun", "seed=1", "method=full,velora", "sweep.jobs=2", "hydra/launcher=velora"])
+    assert name_of(given) == name_of(
+        ["--multirun", "seed=1", "method=full,velora", "sweep.jobs=2", "hydra/launcher=velora"]
+    )
     assert name_of(given) != name_of(["-m", "method=full,velora", "seed=2"])
     assert name_of(given).startswith("method=full,velora-")
     assert len(name_of(["-m", "seed=" + ",".join(map(str, range(1000)))])) < 100
@@ -273,7 +274,8 @@ def test_line_and_estimate(tmp_path):
     assert line_of(state) == "2 done (1 diverged), 1 running, 1 failed, 2 left of 6; about 4 min left"
     jobs[4].status, jobs[4].started = "running", now  # 60 + 90 + 90 over two at once
     assert line_of(state).endswith("about 2 min left")
-    assert [duration(s) for s in (1, 99, 100, 3600, 100 * 60, 90000)] == ["1 s", "99 s", "2 min", "60 min", "1 h 40 min", "25 h 00 min"]
+    said = [duration(seconds) for seconds in (1, 99, 100, 3600, 100 * 60, 90000)]
+    assert said == ["1 s", "99 s", "2 min", "60 min", "1 h 40 min", "25 h 00 min"]
 
 
 def test_the_step_of_a_run(tmp_path):
@@ -295,3 +297,11 @@ def test_status_from_another_terminal(sweep, cli):
     done = cli("--status", "elsewhere", program="velora-report")
     assert done.returncode == 2
     assert "no sweep below elsewhere" in done.stderr
+
+
+def test_a_run_that_stops_because_its_sweep_is_gone_goes_on_with_the_next_one(sweep):
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(1.5)"], start_new_session=True)
+    left_running(sweep, process.pid, Process.of(process.pid).started)
+    assert sweep.run(SEEDS) == 0
+    assert sweep.started == [1]
+    process.wait()

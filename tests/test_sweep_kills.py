@@ -19,9 +19,8 @@ import pytest
 from loop_helpers import LLAMA, SHORT
 from sweep_helpers import running_pids
 
-RUNS = [*LLAMA[1:], "task=manual", *SHORT, "trainer.max_steps=60", "trainer.save_every=5", "trainer.eval_every=20",
+RUNS = [*LLAMA[1:], "task=manual", *SHORT, "trainer.max_steps=300", "trainer.save_every=5", "trainer.eval_every=50",
         "name=kills/${method.name}", "method=full,velora_all"]  # fmt: skip
-STEPS = 60
 KILLS = ("sweep", "run", "both")
 
 
@@ -50,18 +49,22 @@ def seen(folder: Path) -> dict[str, Any]:
     return found
 
 
-def kill_at(folder: Path, process: subprocess.Popen, steps: int, what: str) -> None:
-    """Wait until the runs have logged so many steps together, then kill -9."""
-    until = time.monotonic() + 240
-    while sum(file.read_bytes().count(b'"loss"') for file in folder.rglob("metrics.jsonl")) < steps:
+def kill_at(folder: Path, process: subprocess.Popen, delay: float, what: str) -> None:
+    """Kill -9 so many seconds after a run has logged its first step under this process."""
+    started, until = time.time(), time.monotonic() + 240
+    while not any(file.stat().st_mtime > started for file in folder.glob("kills/*/seed0/metrics.jsonl")):
         assert process.poll() is None, "the sweep has ended before the kill"
-        assert time.monotonic() < until, "the sweep did not get as far as the kill"
+        assert time.monotonic() < until, "no run has begun"
+        time.sleep(0.01)
+    time.sleep(delay)
+    while not (pids := running_pids(folder)):  # between two runs
+        assert process.poll() is None, "the sweep has ended before the kill"
         time.sleep(0.01)
     if what in ("sweep", "both"):
         process.kill()
         process.wait()
     if what in ("run", "both"):
-        for pid in running_pids(folder):
+        for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
 
@@ -70,14 +73,14 @@ def test_killed_three_times_it_is_the_sweep_that_was_not(cli, tmp_path):
     done = subprocess.run(sweep_of(whole, cli), env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     draw = random.Random()
-    moments = sorted(draw.randint(2, 2 * STEPS - 15) for _ in KILLS)
+    delays = [draw.uniform(0, 0.5) for _ in KILLS]
     order = draw.sample(KILLS, k=len(KILLS))
-    story = f"killed at {dict(zip(order, moments, strict=True))} of {2 * STEPS} steps"
-    for what, steps in zip(order, moments, strict=True):
+    story = f"killed {list(zip(order, delays, strict=True))} seconds after a first step"
+    for what, delay in zip(order, delays, strict=True):
         process = subprocess.Popen(
             sweep_of(broken, cli), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        kill_at(broken, process, steps, what)
+        kill_at(broken, process, delay, what)
         process.communicate(timeout=300)
         assert process.returncode == (1 if what == "run" else -signal.SIGKILL), story
     done = subprocess.run(sweep_of(broken, cli), env=environment(), capture_output=True, text=True, timeout=600)
@@ -92,7 +95,7 @@ def test_a_signal_saves_and_ends_the_sweep(cli, tmp_path, number):
     process = subprocess.Popen(
         sweep_of(tmp_path, cli), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    kill_at(tmp_path, process, 3, "nothing")
+    kill_at(tmp_path, process, 0.2, "nothing")
     process.send_signal(number)
     said = process.communicate(timeout=120)[1]
     assert process.returncode == 1

@@ -153,7 +153,7 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
         return argument
     if override.is_sweep_override():
         glob = isinstance(value, Glob)
-        values = ["..."]  # of an interval, for sweepers that search
+        values: list[Any] = ["..."]  # of an interval, for sweepers that search
         if override.is_discrete_sweep():
             values = _matching(argument, key, value, known) if glob else list(override.sweep_iterator())
         if not values:

@@ -24,7 +24,7 @@ class SweepConfig(BaseModel):
     retry: Literal["failed", "all"] | None = None
     on_failure: Literal["continue", "stop"] = "continue"
     cluster: Literal["slurm", "local"] | None = None
-    cluster_options: dict[str, Any] = {}
+    cluster_options: dict[str, Any] | None = None
 
 
 def take_sweep(raw: dict[str, Any]) -> SweepConfig:

@@ -116,7 +116,12 @@ class State:
     def save(self) -> None:
         content: dict[str, Any] = {"name": self.name, "command": self.command, "owner": asdict(self.owner)}
         content |= {"written": time.time(), "jobs": [asdict(job) for job in self.jobs]}
-        write_whole(self.file, json.dumps(content, indent=1) + "\n")
+        try:
+            write_whole(self.file, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.file} cannot be written ({why(error)}); make room there, and the same command goes on"
+            ) from None
 
     def release(self) -> None:
         """Let another process carry on the sweep; the end of this one does it too."""

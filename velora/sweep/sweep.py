@@ -50,7 +50,7 @@ class Sweep:
         self._signals: list[signal.Signals] = []
         self._cluster = None
         if settings.cluster is not None:
-            self._cluster = Cluster(settings.cluster, settings.cluster_options, folder / "cluster")
+            self._cluster = Cluster(settings.cluster, settings.cluster_options or {}, folder / "cluster")
 
     # What there is to do
 
@@ -96,7 +96,9 @@ class Sweep:
 
     def _is_alive(self, entry: Entry) -> bool:
         on_cluster = entry.process is not None and entry.process.cluster is not None
-        return entry.status == "running" and ((on_cluster and self._cluster is not None) or entry.is_running_elsewhere())
+        return entry.status == "running" and (
+            (on_cluster and self._cluster is not None) or entry.is_running_elsewhere()
+        )
 
     # Doing it
 
@@ -105,7 +107,9 @@ class Sweep:
         running: dict[int, tuple[Entry, Worker]] = {}
         for number, entry in enumerate(e for e in batch if e.status == "running"):  # left by an earlier process
             assert entry.process is not None
-            left = self._cluster.take_up(entry.process) if self._cluster else Left(entry.process)
+            left = (
+                self._cluster.take_up(entry.process) if self._cluster and entry.process.cluster else Left(entry.process)
+            )
             running[-1 - number] = (entry, left)
         told = 0
         while True:
@@ -113,6 +117,10 @@ class Sweep:
                 if (code := worker.poll()) is not None:
                     del running[slot]
                     self._ended(entry, code, line)
+                    if (
+                        slot < 0 and entry.status == "interrupted"
+                    ):  # it has stopped without its sweep, and goes on with this one
+                        entry.status = "waiting"
             waiting = [] if self.is_stopping() else [e for e in batch if e.status == "waiting"]
             free = [slot for slot in range(len(slots)) if slot not in running][: max(0, len(slots) - len(running))]
             for entry, slot in zip(waiting, free, strict=False):
@@ -130,7 +138,7 @@ class Sweep:
         on_gpu = any(self._configs[entry.run].trainer.device != "cpu" for entry in batch)
         gpus: list[str | None] = [*(visible_gpus() if on_gpu else [])]
         count = self.settings.jobs or max(1, len(gpus))
-        return [gpus[i % len(gpus)] if len(gpus) > 1 or (gpus and count > 1) else None for i in range(count)]
+        return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
 
     def _start(self, entry: Entry, gpu: str | None) -> Worker:
         log = self._state.folder / f"{self._state.jobs.index(entry)}.log"
