@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from loop_helpers import LLAMA, SHORT
 from sweep_helpers import running_pids
@@ -49,15 +50,22 @@ def seen(folder: Path) -> dict[str, Any]:
     return found
 
 
+def own_pids(folder: Path, process: subprocess.Popen) -> list[int]:
+    """The runs that this sweep has started, and not those that a killed one has left, which are just stopping."""
+    children = {child.pid for child in psutil.Process(process.pid).children()}
+    return [pid for pid in running_pids(folder) if pid in children]
+
+
 def kill_at(folder: Path, process: subprocess.Popen, delay: float, what: str) -> None:
-    """Kill -9 so many seconds after a run has logged its first step under this process."""
-    started, until = time.time(), time.monotonic() + 240
-    while not any(file.stat().st_mtime > started for file in folder.glob("kills/*/seed0/metrics.jsonl")):
+    """Kill -9 so many seconds after a run of this sweep has logged its first step."""
+    started, until = 0.0, time.monotonic() + 240
+    while not started or not any(file.stat().st_mtime > started for file in folder.glob("kills/*/seed0/metrics.jsonl")):
         assert process.poll() is None, "the sweep has ended before the kill"
         assert time.monotonic() < until, "no run has begun"
+        started = started or (time.time() if own_pids(folder, process) else 0.0)
         time.sleep(0.01)
     time.sleep(delay)
-    while not (pids := running_pids(folder)):  # between two runs
+    while not (pids := own_pids(folder, process)):  # between two runs
         assert process.poll() is None, "the sweep has ended before the kill"
         time.sleep(0.01)
     if what in ("sweep", "both"):
