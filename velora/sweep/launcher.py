@@ -86,7 +86,9 @@ class Sweeps:
             raise SweepEnded
         for job, entry in zip(planned, entries, strict=True):
             score = self._score_of(job) if entry.status == "ok" else None
-            returns.append(JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=score))
+            done = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
+            done.return_value = score
+            returns.append(done)
         return returns
 
     def close(self) -> int:
