@@ -18,16 +18,27 @@ from velora.memory.estimate import estimate, pretend
 from velora.memory.ledger import MASK, REGION, Entry, take_ledger
 from velora.nn.twin import CODES
 
-METHODS = ("full", "galore", "lora", "qlora", "velora", "velora_all", "qlora_velora", "checkpoint")
+COLUMNS = {
+    "full": ("method=full",),
+    "galore": ("method=galore",),
+    "lora": ("method=lora",),
+    "qlora": ("method=qlora",),
+    "qlora, lean": ("method=qlora", "recompute=lean"),
+    "velora": ("method=velora",),
+    "velora_all": ("method=velora_all",),
+    "full, lean": ("method=full", "recompute=lean"),
+    "velora_all, mlp": ("method=velora_all", "recompute=mlp"),
+    "velora_all, blocks": ("method=velora_all", "recompute=blocks"),
+}
 SETTING = ("task=c4", "model=llama_7b", "task.max_length=512", "trainer.batch_size=16", "weights.dtype=bf16")
 WEIGHTS, GRADIENTS, STATE = "weights [weights]", "gradients [adapter]", "optimizer state [optimizer]"
 PARTS = {  # in brackets the axis that takes it away
-    "inputs of linear layers": "inputs of linear layers [activations: velora]",
+    "inputs of linear layers": "inputs of linear layers [activations: velora; recompute: lean]",
     "codes": "VeLoRA's codes in their place",
-    "masks": "dropout masks of LoRA",
+    "masks": "dropout masks of LoRA [recompute: lean]",
     "attention": "attention: q, k, v, output [recompute: blocks]",
-    "swiglu": "SwiGLU [recompute: blocks]",
-    "norms": "norms [recompute: blocks]",
+    "swiglu": "SwiGLU [recompute: lean, mlp]",
+    "norms": "norms [recompute: lean]",
     "regions": "checkpointed block's input",
     "others": "others",
 }
@@ -38,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from velora.memory.tables import columns_table, draw_columns
 
     path, *overrides = argv
-    columns = {method: block_bytes([*SETTING, f"method={method}", *overrides]) for method in METHODS}
+    columns = {name: block_bytes([*SETTING, *own, *overrides]) for name, own in COLUMNS.items()}
     title = "one block of LLaMA-7B, 16 x 512 tokens, bf16"
     draw_columns(columns, Path(path), title)
     from rich.console import Console
@@ -59,10 +70,10 @@ def _parts(config: Config) -> dict[str, int]:
             return PARTS[NAMED_TERMS[entry.term]]
         if any("Attention" in kind for kind in kinds):
             return PARTS["attention"]
-        if any("MLP" in kind or "SiLU" in kind for kind in kinds):
-            return PARTS["swiglu"]
         if any("Norm" in kind for kind in kinds):
             return PARTS["norms"]
+        if any("MLP" in kind or "SiLU" in kind for kind in kinds):
+            return PARTS["swiglu"]
         return PARTS["inputs of linear layers" if all(holder.role for holder in entry.holders) else "others"]
 
     figures, pretended = estimate(config), pretend(config)

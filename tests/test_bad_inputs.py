@@ -174,6 +174,61 @@ TOGETHER = {
     "tokenizer for a package": Bad(
         "task=topics model=minilm model.tokenizer=byte", ("model.tokenizer=byte: model=minilm", "model=encoder")
     ),
+    "tokenizer for the package of a decoder": Bad(
+        "model=smollm2_135m model.tokenizer=byte", ("model.tokenizer=byte: model=smollm2_135m", "model=causal_lm")
+    ),
+    "folder for the package of a decoder": Bad(
+        "model=smollm2_135m model.path=.", ("model.path=.: model=smollm2_135m", "model=causal_lm")
+    ),
+    "package of a decoder without its architecture": Bad(
+        "model=smollm2_135m model.architecture=null",
+        ("model.architecture=null: model=smollm2_135m", "leave it as it is"),
+    ),
+    "instructions that are not there": Bad(
+        "task=alpaca method=lora data.root=.", ("data.root=. has no alpaca/alpaca_data.json", "task.file=NAME")
+    ),
+    "instructions of another name": Bad(
+        "task=alpaca method=lora data.root=. task.file=x.json",
+        ("data.root=. has no alpaca/x.json", "another data.root"),
+    ),
+    "more evaluated than held out": Bad(
+        "task=alpaca method=lora task.eval_size=2000", ("task.eval_size=2000 is more than", "task.held_out=1024")
+    ),
+    "loss on nothing": Bad("task=alpaca method=lora task.train_on=prompt", ("task.train_on=prompt", "answer")),
+    "instructions of one token": Bad(
+        "task=alpaca method=lora task.max_length=1", ("task.max_length=1", "give at least 2")
+    ),
+    "nothing held out": Bad("task=alpaca method=lora task.held_out=0", ("task.held_out=0", "greater than")),
+    "nothing to train": Bad("trainer.max_steps=0", ("trainer.max_steps=0: task=manual has no scores", "at least 1")),
+    "nothing to train on": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 trainer.max_steps=5",
+        ("trainer.max_steps=5: task=mmlu has nothing to train on", "trainer.max_steps=0"),
+    ),
+    "prompts longer than the network": Bad(
+        "task=mmlu model=llama_60m", ("task.max_length=2048 is more than the 1024 positions of model=llama_60m",)
+    ),
+    "unknown subject": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 task.subjects=[astronmy]",
+        ("task.subjects: astronmy is no subject of MMLU", "did you mean astronomy?"),
+    ),
+    "no subject": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 task.subjects=[]",
+        ("task.subjects=[] asks nothing", "null for all 57"),
+    ),
+    "more shots than there are": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 task.num_shots=6",
+        ("task.num_shots=6", "less than or equal to 5"),
+    ),
+    "no folder of questions": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 data.root=data",
+        ("data.root=data has no folder mmlu (task.folder)", "leave it out to read the hub"),
+        files={"data/x": ""},
+    ),
+    "a file of questions is missing": Bad(
+        "task=mmlu model=llama_60m task.max_length=1024 data.root=data task.subjects=[anatomy]",
+        ("data/mmlu/test/anatomy_test.csv is missing", "task.subjects"),
+        files={"data/mmlu/dev/anatomy_dev.csv": "q,1,2,3,4,A\n"},
+    ),
     "sketch of nothing": Bad(
         "method=flora optimizer.beta1=null optimizer.layerwise=true optimizer.sketched=all "
         "trainer.max_grad_norm=null trainer.micro_batch_size=8",

@@ -19,7 +19,7 @@ from tiny import image_batch, tiny_llama, tiny_roberta, tiny_vit, token_batch
 from torch import Tensor, nn
 
 import velora.nn.blocks
-from velora import apply_velora, calibrate
+from velora import apply_lean, apply_velora, calibrate
 from velora.errors import ConfigError
 from velora.memory.ledger import REGION, measure_saved_bytes, take_ledger
 from velora.models.build import build_network
@@ -132,6 +132,21 @@ def test_of_a_block_its_input_is_kept_and_nothing_else(family: str) -> None:
         regions = take_ledger(model, lambda model=model: loss(model)).grouped("term")[REGION]
         assert regions == num_blocks * BLOCK_INPUT[family] * 4
     assert totals[3] - totals[2] == BLOCK_INPUT[family] * 4
+
+
+@pytest.mark.parametrize("how", ["exact", "velora"])
+@pytest.mark.parametrize("family", ["llama", "roberta", "vit"])
+def test_lean_blocks_keep_no_more_than_plain_ones(family: str, how: str) -> None:
+    """Of one further block its input is kept and nothing else: no source of a recipe that was left in the one before."""
+    kept = []
+    for blocks in (2, 3):
+        model = FAMILIES[family](blocks)
+        if how == "velora":
+            apply_velora(model, "all", sub_token_size=8, init="random")
+        apply_lean(model)
+        checkpoint_blocks(model)
+        kept.append(measure_saved_bytes(lambda model=model: loss(model)))
+    assert kept[1] - kept[0] == 4 * BLOCK_INPUT[family]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

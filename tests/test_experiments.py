@@ -9,7 +9,7 @@ from text_helpers import composed
 
 from velora.config.compose import conf_dir
 
-ROWS = [name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore"))]
+ROWS = [name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore", "qlora"))]
 OTHERS = {
     f"{group}={file.relative_to(conf_dir() / group).with_suffix('')}": overrides
     for group, overrides in {
@@ -20,7 +20,14 @@ OTHERS = {
     for file in sorted((conf_dir() / group).rglob("*.yaml"))
     if file.stem not in ("causal_lm", "encoder")  # these need a model.path
 }  # fmt: skip
-MODELS = {"glue": "roberta_tiny", "topics": "roberta_tiny", "digits": "vit_tiny", "vtab": "vit_tiny"}  # others: a LLaMA
+MODELS = {
+    "mmlu": "smollm2_135m",
+    "alpaca_mmlu": "smollm2_135m",
+    "glue": "roberta_tiny",
+    "topics": "roberta_tiny",
+    "digits": "vit_tiny",
+    "vtab": "vit_tiny",
+}  # others: a LLaMA
 COLUMNS = [column for name in EXPERIMENTS for column in columns(name)]
 
 

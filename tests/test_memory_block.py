@@ -38,9 +38,21 @@ def test_each_method_takes_away_its_own_part(full: dict[str, int]) -> None:
     inputs = PARTS["inputs of linear layers"]
     assert lora[GRADIENTS] < 0.3 * full[GRADIENTS]
     assert inputs not in velora
-    assert velora[PARTS["codes"]] == NUM_TOKENS * (6 * HIDDEN + WIDE) * FLOAT // 16
+    assert (
+        velora[PARTS["codes"]] == NUM_TOKENS * (3 * HIDDEN + WIDE) * FLOAT // 16
+    )  # one for q, k and v, one for gate and up
     for part in (PARTS["swiglu"], PARTS["norms"], PARTS["attention"]):
         assert full[part] == velora[part]
+
+
+def test_lean_keeps_what_norms_and_swiglu_read(full: dict[str, int]) -> None:
+    lean, mlp = (block_bytes([*SETTING, "method=full", f"recompute={level}"]) for level in ("lean", "mlp"))
+    assert PARTS["inputs of linear layers"] not in lean
+    assert lean[PARTS["swiglu"]] == NUM_TOKENS * 2 * WIDE * FLOAT
+    assert lean[PARTS["norms"]] == NUM_TOKENS * 2 * (HIDDEN + 1) * FLOAT
+    assert lean[PARTS["attention"]] == mlp[PARTS["attention"]] == full[PARTS["attention"]]
+    assert PARTS["swiglu"] not in mlp
+    assert mlp[PARTS["norms"]] == lean[PARTS["norms"]]
 
 
 def test_summary_lists_every_record_beside_the_papers_figure(tmp_path: Path) -> None:

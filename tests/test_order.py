@@ -14,10 +14,11 @@ from velora.errors import ConfigError
 from velora.run.order import StepBatches, TrainingData
 
 
-def batches(num_examples=70, batch_size=16, micro=4, rank=0, processes=1, drop_last=False, seed=3):
+def batches(num_examples=70, batch_size=16, micro=4, rank=0, processes=1, drop_last=False, seed=3, lengths=None):
     return StepBatches(
-        num_examples, batch_size, micro, drop_last=drop_last, seed=seed, rank=rank, num_processes=processes
-    )
+        num_examples, batch_size, micro,
+        drop_last=drop_last, seed=seed, rank=rank, num_processes=processes, lengths=lengths,
+    )  # fmt: skip
 
 
 def steps(num_examples, batch_size, micro, processes, **options):
@@ -46,6 +47,33 @@ def test_the_order_is_torchs_permutation_of_seed_and_epoch():
     expected = torch.randperm(70, generator=torch.Generator().manual_seed(3 + 2)).tolist()[:64]
     assert [key.number for part in found for key in part] == expected
     assert {key.epoch for part in found for key in part} == {2}
+
+
+@pytest.mark.parametrize(("num_examples", "batch_size"), [(70, 4), (9, 4), (1000, 2), (64, 64)])
+def test_grouped_by_length_as_transformers_does_it(num_examples, batch_size):
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    lengths = np.random.default_rng(0).integers(5, 500, num_examples).tolist()
+    found = batches(num_examples, batch_size, batch_size, lengths=lengths)
+    for found.epoch in (0, 2):
+        generator = torch.Generator().manual_seed(3 + found.epoch)
+        expected = get_length_grouped_indices(lengths, batch_size, generator=generator)
+        assert [key.number for part in found for key in part] == expected
+        assert lengths[expected[0]] == max(lengths)
+
+
+def test_grouping_by_length_is_the_same_however_a_step_is_divided_and_wherever_it_continues():
+    lengths = list(range(70))
+    whole = [sorted(step) for step in steps(70, 16, 16, 1, lengths=lengths)]
+    assert [sorted(step) for step in steps(70, 16, 2, 2, lengths=lengths)] == whole
+    assert sorted(itertools.chain(*whole)) == lengths
+    data = data_of(Noisy(), lengths=range(12))
+    data.start_epoch(4)  # three steps an epoch: this is the second one
+    again = [batch["index"] for batch in data.loader()]
+    data.first_batch()  # goes back to the first epoch
+    data.start_epoch(4)
+    assert [batch["index"] for batch in data.loader()] == again
+    assert sorted(itertools.chain(*again)) == list(range(12))
 
 
 def test_drop_last_ends_with_the_last_whole_batch():

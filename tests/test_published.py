@@ -35,7 +35,7 @@ def test_composed_as_published(entry):
 
 def test_every_published_row_has_facts():
     with_facts = {entry["overrides"][0].partition("=")[2] for entry in ENTRIES}
-    rows = {name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore"))}
+    rows = {name for name in EXPERIMENTS if name.startswith(("table", "memory/", "vtab_", "galore", "qlora"))}
     assert rows - with_facts == WITHOUT_FACTS
 
 

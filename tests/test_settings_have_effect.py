@@ -261,11 +261,26 @@ PARTS: dict[str, dict[str, Any]] = {
             "folder", "eval_tokens", "data_seed", "shuffle_buffer", "hub", "hub_subset", "revision",
         )},
     },
+    "task=alpaca": {
+        "name": Label(),
+        "max_length": Shapes(32, "task=alpaca"),
+        "file": Read("config/task_alpaca.py"),
+        **{key: Read("data/alpaca.py") for key in (  # test_alpaca
+            "train_on", "group_by_length", "held_out", "eval_size", "data_seed", "hub", "revision",
+        )},
+    },
     "task=glue": {
         "name": Read("config/task_text.py"),  # which of the nine tasks it is
         "max_length": Shapes(32, "task=glue/sst2 method=full"),
         "folder": Read("config/task_text.py"),
         **{key: Read("data/glue.py") for key in ("train_size", "eval_size", "hub", "revision")},
+    },
+    "task=mmlu": {
+        "name": Label(),
+        "max_length": Shapes(32, "task=mmlu model=llama_60m task.max_length=64 method=full"),
+        **{key: Read("data/mmlu.py") for key in ("hub", "revision", "num_shots", "split", "questions", "sample_seed")},
+        **{key: Read("config/mmlu.py") for key in ("folder", "subjects")},
+        "prompt": Read("data/mmlu_prompt.py"),  # test_mmlu, test_mmlu_prompt
     },
     "task=vtab": {
         "name": Label(),
@@ -273,11 +288,22 @@ PARTS: dict[str, dict[str, Any]] = {
         **{key: Read("data/vtab.py") for key in ("folder", "group", "protocol", "keep_decoded", "hub")},
     },
 }  # fmt: skip
+PARTS["task=alpaca_mmlu"] = {
+    **PARTS["task=alpaca"],
+    "max_length": Shapes(32, "task=alpaca_mmlu"),
+    **{key: Read("config/task_alpaca.py") for key in ("mmlu", "mmlu_every")},  # test_alpaca_mmlu
+}
 PARTS["model=encoder"] = {**PARTS["model=causal_lm"], "roles": Read("models/build.py")}
 PARTS["model=encoder"] |= {key: Read("models/pretrained.py") for key in ("architecture", "attention")}
 PARTS["model=minilm"] = {
     **PARTS["model=encoder"],
     **{key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")},  # refused
+}
+PARTS["model=smollm2"] = {
+    **PARTS["model=encoder"],
+    **{
+        key: Read("config/model.py") for key in ("path", "tokenizer", "tokenizer_folder", "architecture")
+    },  # refused, but the last
 }
 
 # How the runs of a sweep are carried out: test_sweep, test_sweep_engines

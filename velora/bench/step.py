@@ -54,7 +54,7 @@ class Setting:
 
 
 SETTINGS = {
-    "llama_60m": Setting(("model=llama_60m", "task=c4", "trainer.batch_size=32"), ("trainer.batch_size=4",)),
+    "llama_60m": Setting(("model=llama_60m", "task=c4", "trainer.batch_size=32"), ("trainer.batch_size=8",)),
     "roberta_base": Setting(
         ("model=roberta_base", "task=glue/sst2", "task.max_length=64", "trainer.batch_size=64"),
         ("trainer.batch_size=16", "model.architecture.num_hidden_layers=4"),

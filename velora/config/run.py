@@ -155,7 +155,7 @@ class TrainerConfig(Section):
     """
 
     num_epochs: PositiveFloat | None
-    max_steps: PositiveInt | None
+    max_steps: NonNegativeInt | None  # 0: nothing is trained, for a task that evaluates alone
     batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     eval_batch_size: PositiveInt
@@ -283,6 +283,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         problems = list(self.trainer.problems())
+        if self.trainer.max_steps == 0 and not self.task.evaluates_alone:
+            problems.append(
+                f"trainer.max_steps=0: task={self.task.name} has no scores without a training; give at least 1"
+            )
         for group in GROUPS:
             part: Part = getattr(self, group)
             with blaming(group, part.kind):

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
+from velora.config.mmlu import MMLU
 from velora.config.parts import Head, Modality, Task, TaskData, part_class
 from velora.config.read import parse
+from velora.config.task_alpaca import Alpaca, AlpacaMMLU
 from velora.config.task_text import C4, Glue, Manual, Shapes, Topics
 
 if TYPE_CHECKING:
     from velora.config.run import Config
 
-__all__ = ["C4", "VTAB", "Digits", "Embedded", "Glue", "Manual", "Topics"]
+__all__ = ["C4", "MMLU", "VTAB", "Alpaca", "AlpacaMMLU", "Digits", "Embedded", "Glue", "Manual", "Topics"]
 
 Protocol = Literal["select_then_retrain", "best_on_test", "last"]
 

@@ -59,8 +59,8 @@ class Dense(Weights):
 class NF4(Weights):
     """All linear layers of the backbone in four bits; embeddings, norms and the head stay dense, in `dtype`.
 
-    The dense network is built (or loaded) in `dtype` first and then quantised layer by layer, so random weights and any
-    family work, and the CPU's memory must hold the dense network once.
+    A checkpoint of a language model in safetensors is quantised as it is read (velora/models/quantised.py). Any other network is
+    built or loaded in `dtype` first and then quantised layer by layer; the CPU's memory must hold that dense network once.
     """
 
     kind: Literal["nf4"]
@@ -78,21 +78,27 @@ class NF4(Weights):
             )
 
     def load_options(self) -> dict[str, Any]:
-        return {"dtype": torch_dtype(self.dtype)}
+        return {"dtype": self.dense_dtype()}
+
+    def dense_dtype(self) -> torch.dtype:
+        """Of everything that is not quantised."""
+        return torch_dtype(self.dtype)
+
+    def quantisation(self, config: Config) -> dict[str, Any]:
+        """Keyword arguments of `quantise_linear`."""
+        return {
+            "quant_type": self.quant_type,
+            "double_quant": self.double_quant,
+            "compute_dtype": torch_dtype(self.compute_dtype or self.dtype),
+            "use_gpu": config.trainer.device != "cpu",
+        }
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from velora.nn.head import head_names
-        from velora.nn.quantised import quantise_model
+        from velora.nn.quantised import is_quantised, quantise_model
 
-        cast_parameters(model, torch_dtype(self.dtype))
-        num_layers = quantise_model(
-            model,
-            keep=head_names(model),
-            quant_type=self.quant_type,
-            double_quant=self.double_quant,
-            compute_dtype=torch_dtype(self.compute_dtype or self.dtype),
-            use_gpu=config.trainer.device != "cpu",
-        )
-        if num_layers == 0:
+        cast_parameters(model, self.dense_dtype())
+        quantise_model(model, keep=head_names(model), **self.quantisation(config))
+        if not any(is_quantised(module) for module in model.modules()):
             raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
         return model

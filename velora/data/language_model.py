@@ -105,7 +105,7 @@ def sequence_losses(logits: Any, labels: Tensor) -> Tensor:
 def scores(sequences: Any, published_batch_size: int) -> dict[str, float]:
     """Loss and perplexities of the (E, 2) array of `sequence_losses`, in the order of the evaluation.
 
-    `loss` is the mean over all predicted tokens of all sequences, `perplexity` its exponential: every token counts once.
+    `loss` and `perplexity` are those of `token_means`.
 
     `perplexity_published_convention` is what the scripts of GaLore, and of VeLoRA after it, print: the mean loss of each batch of
     `published_batch_size` sequences, all batches counted alike, and their sum divided by one more than their number (the
@@ -113,14 +113,16 @@ def scores(sequences: Any, published_batch_size: int) -> dict[str, float]:
     beside it only so that printed rows can be compared.
     """
     losses, tokens = np.asarray(sequences, dtype=np.float64).T
-    loss = losses.sum() / tokens.sum()
     starts = np.arange(0, len(losses), published_batch_size)
     means = np.add.reduceat(losses, starts) / np.add.reduceat(tokens, starts)
-    return {
-        "loss": float(loss),
-        "perplexity": _exp(loss),
-        "perplexity_published_convention": _exp(means.sum() / (len(means) + 1)),
-    }
+    return {**token_means(sequences), "perplexity_published_convention": _exp(means.sum() / (len(means) + 1))}
+
+
+def token_means(sequences: Any) -> dict[str, float]:
+    """Loss, the mean over all predicted tokens of all sequences, and perplexity, its exponential: every token counts once."""
+    losses, tokens = np.asarray(sequences, dtype=np.float64).T
+    loss = losses.sum() / tokens.sum()
+    return {"loss": float(loss), "perplexity": _exp(loss)}
 
 
 def _exp(value: float) -> float:

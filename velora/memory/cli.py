@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: list[Explanation] = []
 
     def job(config: Config) -> None:
+        if config.trainer.max_steps == 0:
+            raise ConfigError(
+                f"trainer.max_steps=0: task={config.task.name} trains nothing here, so there is no training memory to count; give "
+                "a task that trains, and its steps"
+            )
         if options.save is not None:
             _take_folder(options.save)
         from velora.memory.explain import Questions, explain

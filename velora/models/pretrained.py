@@ -7,6 +7,7 @@ them in another shape; they start from random weights then, and an adapter train
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import inspect
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 
 from velora.config.model import PretrainedModel, limits_of
 from velora.config.parts import Head, Modality
 from velora.errors import ConfigError
 from velora.models.hub import load
+from velora.models.quantised import read_quantised
 from velora.models.tokenizer import SENTINELS, check_length, check_vocabulary
 from velora.nn.head import is_within, new_parts
 from velora.run.notes import note
@@ -62,11 +65,28 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
     assert source is not None  # `problems` saw to it
 
     def read() -> Any:
-        return auto_class.from_pretrained(
-            source, config=network_config, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        if config.weights.quantised and not model.read_options():
+            found = read_quantised(auto_class, network_config, source, options, config)
+            if found is not None:
+                return found
+        found = auto_class.from_pretrained(
+            source, config=copy.deepcopy(network_config), output_loading_info=True, ignore_mismatched_sizes=True,
+            **options, **model.read_options(),
+        )  # fmt: skip
+        return as_dense(found, auto_class, network_config, options) if model.read_options() else found
 
     return read_network(model.origin(), partial(_explaining_attention, model, read), local=Path(source).is_dir())
+
+
+def as_dense(found: tuple[Any, Any], auto_class: Any, network_config: Any, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The same network without the mark of a quantised file, which the weights in memory are not: Trainer refuses it."""
+    network_config.name_or_path = ""  # where PEFT would look for a config.json, which a gguf file has inside
+    with init_empty_weights(include_buffers=False):
+        plain = auto_class.from_config(network_config, **options)
+    network, info = found
+    plain.load_state_dict(network.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain.eval(), info
 
 
 def described(model: PretrainedModel) -> dict[str, Any]:
@@ -90,7 +110,8 @@ def _checkpoint_configuration(model: PretrainedModel) -> Any:
     assert source is not None
     found = load(
         model.origin(), "give model.path=DIR, a folder with a checkpoint",
-        lambda: transformers.AutoConfig.from_pretrained(source, trust_remote_code=False), local=Path(source).is_dir(),
+        lambda: transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **model.read_options()),
+        local=Path(source).is_dir(),
     )  # fmt: skip
     for sentence in impossible_sizes(found.to_dict()):
         raise ConfigError(f"{model.origin()}: {sentence} in its config.json; give a whole checkpoint")

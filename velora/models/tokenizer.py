@@ -92,6 +92,19 @@ def from_folder(folder: Path) -> Any:
     return prepared(load(f"the tokenizer in {folder}", remedy, make, local=True))
 
 
+def gguf_tokenizer(folder: Path, file: str) -> Any:
+    """The tokenizer inside a gguf file; it pads with its unknown token, since such files name the end token for that."""
+    import transformers
+
+    remedy = "install the package again"
+    found = load(
+        f"the tokenizer in {folder / file}", remedy,
+        lambda: transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file, trust_remote_code=False), local=True,
+    )  # fmt: skip
+    found.pad_token = found.unk_token
+    return prepared(found)
+
+
 def llama_tokenizer(file: Path) -> Any:
     """LLaMA's tokenizer from its sentencepiece model alone: the same ids as sentencepiece, after a begin token (id 1)."""
     from sentencepiece import SentencePieceProcessor

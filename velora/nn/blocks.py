@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
 from velora.errors import ConfigError
+from velora.nn.recipe import forget_recipe
 
 NO_CACHE = {"past_key_values": None, "layer_past": None, "use_cache": False}
 
@@ -74,6 +75,8 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(block, *args, **kwargs)
     kwargs |= {key: value for key, value in NO_CACHE.items() if key in kwargs}
+    for value in (*args, *kwargs.values()):
+        forget_recipe(value)  # of the block before: inside this one it does not hold, and its sources would stay
     return checkpoint(partial(forward, block, **kwargs), *args, use_reentrant=False)
 
 

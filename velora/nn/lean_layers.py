@@ -24,11 +24,16 @@ from torch import Tensor, nn
 from velora.nn.first_order import first_order
 from velora.nn.recipe import (
     Making,
+    Product,
+    autocast_dtype,
+    cast,
+    forward_may_stop,
     leave_recipe,
     random_state,
     random_state_of,
     recipe_of,
     sources_of,
+    stand_in,
 )
 
 NO_SECOND_DERIVATIVE = "a lean layer has no second derivative: call velora.remove_lean(model) where one is needed"
@@ -64,17 +69,28 @@ class LeanLinear(nn.Linear):
         recipe = recipe_of(input) if wants_gradient(self.weight) else None
         if recipe is None:
             return F.linear(input, self.weight, self.bias)
-        return _Linear.apply(input, self.weight, self.bias, recipe.making, *recipe.sources)
+        dtype, early = autocast_dtype(input.device), forward_may_stop()
+        y = _Linear.apply(input, self.weight, self.bias, dtype, early, recipe.making, *recipe.sources)
+        return Product.apply(y, cast(input.detach(), dtype), self.weight.detach(), self.bias, dtype) if early else y
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, making: Making, *sources: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
+        early: bool,
+        making: Making,
+        *sources: Tensor,
+    ) -> Tensor:
         making.expect_reader()
         ctx.making, ctx.dtype = making, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *sources)
-        return F.linear(x, weight, bias)
+        return stand_in(cast(x, dtype), weight) if early else F.linear(x, weight, bias)
 
     @staticmethod
     @first_order(NO_SECOND_DERIVATIVE)
@@ -89,7 +105,7 @@ class _Linear(torch.autograd.Function):
             dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, *(None for _ in range(len(sources) + 1))
+        return dx, dw, db, *(None for _ in range(len(sources) + 3))
 
 
 class LeanRMSNorm:

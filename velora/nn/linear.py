@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.recipe import autocast_dtype
+from velora.nn.recipe import Product, autocast_dtype, cast, cast_type, forward_may_stop, stand_in
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -52,15 +52,17 @@ class VeloraLinear(VeloraTwin, nn.Linear):
         self.observe(input)
         dtype = autocast_dtype(input.device)
         with torch.no_grad():
-            z = self.codes(input, dtype if dtype is not None and _autocasts(input) else None)
-        if dtype is not None and _autocasts(input):
-            input = input.to(dtype)
-        return _Linear.apply(input, z, self.weight, self.bias, self.direction, self.scale, dtype)
+            z = self.codes(input, cast_type(input, dtype))
+        x = cast(input, dtype)
+        early = not torch.compiler.is_compiling() and forward_may_stop()
+        y = _Linear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early)
+        return Product.apply(y, x.detach(), self.weight.detach(), self.bias, dtype) if early else y
 
 
 class _Linear(torch.autograd.Function):
-    """The three products above. Keeps z, the weight (a parameter: no bytes of its own) and the direction (a buffer).
+    """The three products above, or all but the first where that comes after it (`early`: see recipe.Product).
 
+    Keeps z, the weight (a parameter: no bytes of its own) and the direction (a buffer).
     Under autocast the weight is cast once more in backward, so that no half-precision copy of it is kept either. With
     half-precision inputs C and the product with v are float32, and dW is rounded once, to the weight's dtype.
     """
@@ -74,17 +76,16 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         direction: Tensor,
         scale: float,
-        autocast_dtype: torch.dtype | None,
+        dtype: torch.dtype | None,
+        early: bool,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
         ctx.scale = scale
         ctx.shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
-        if autocast_dtype is None:
-            return F.linear(x, weight, bias)
-        w = weight.to(autocast_dtype) if _autocasts(weight) else weight
-        b = bias.to(autocast_dtype) if bias is not None and _autocasts(bias) else bias
-        return F.linear(x, w, b)
+        if early:
+            return stand_in(x, weight)
+        return F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
@@ -103,9 +104,4 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 db = dy.sum(0).to(ctx.bias_dtype)
         dx, dw, db = refuse_second_derivative((dx, dw, db), NO_SECOND_DERIVATIVE)
-        return dx, None, dw, db, None, None, None
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Autocast leaves float64 alone."""
-    return x.is_floating_point() and x.dtype != torch.float64
+        return dx, None, dw, db, None, None, None, None

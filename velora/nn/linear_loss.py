@@ -34,7 +34,7 @@ from torch import Tensor
 
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import _without_autocast, sum_over_tokens
-from velora.nn.recipe import autocast_dtype
+from velora.nn.recipe import autocast_dtype, cast
 
 _NO_SECOND_DERIVATIVE = (
     "linear_cross_entropy has no second derivative: its gradients are made in the forward. Where one is needed take the "
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     if hidden.shape[0] != labels.shape[0]:
         raise ValueError(f"{labels.shape[0]} labels for {hidden.shape[0]} tokens: each token needs one")
     dtype = autocast_dtype(hidden.device)
-    hidden = _cast(hidden, dtype)
+    hidden = cast(hidden, dtype)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     counted = labels != ignore_index
     size = chunk_size or tokens_in_chunk(weight.shape[0])
@@ -100,7 +100,7 @@ class _SumOfLosses(torch.autograd.Function):
         chunk_size: int,
     ) -> Tensor:
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        w, b = _cast(weight, cast_to), None if bias is None else _cast(bias, cast_to)
+        w, b = cast(weight, cast_to), None if bias is None else cast(bias, cast_to)
         with _without_autocast(hidden.device):
             loss, gradients = _in_chunks(hidden, w, b, labels, counted, wanted, chunk_size)
         # a sum over tokens may be beyond float16, and has room in all others
@@ -191,8 +191,3 @@ def _add_over_tokens(sums: Tensor, a: Tensor, b: Tensor) -> None:
         return
     for some, words in zip(sums.split(_WORDS_AT_A_TIME), a.split(_WORDS_AT_A_TIME, 1), strict=True):
         some += sum_over_tokens(words, b)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """As autocast casts: all but float64."""
-    return tensor if dtype is None or tensor.dtype == torch.float64 else tensor.to(dtype)

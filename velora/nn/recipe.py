@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ATTRIBUTE = "_velora_recipe"
@@ -77,7 +78,16 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     if found is None:
         return None
     recipe, version, hooks = found
-    return recipe if version == tensor._version and hooks is saved_tensors_hooks_in_use() else None
+    if version == tensor._version and hooks is saved_tensors_hooks_in_use():
+        return recipe
+    forget_recipe(tensor)
+    return None
+
+
+def forget_recipe(tensor: Any) -> None:
+    """A recipe keeps its sources alive as long as the tensor lives; one that holds no more must go from a tensor that stays."""
+    if isinstance(tensor, Tensor):
+        vars(tensor).pop(_ATTRIBUTE, None)
 
 
 def sources_of(tensor: Tensor) -> tuple[Making | None, tuple[Tensor, ...]]:
@@ -94,11 +104,40 @@ def saved_tensors_hooks_in_use() -> Any:
 
 def forward_is_repeated() -> bool:
     """Whether this is the first forward of a checkpointed region: what it saves is thrown away, a second forward saves it again."""
+    return _hook_of_checkpoint().startswith("_checkpoint_hook.")
+
+
+def forward_may_stop() -> bool:
+    """Whether a forward of a checkpointed region runs, whose second one stops where the last tensor is saved."""
+    return _hook_of_checkpoint() != ""
+
+
+def _hook_of_checkpoint() -> str:
     hook = saved_tensors_hooks_in_use()
-    return (
-        getattr(hook, "__qualname__", "").startswith("_checkpoint_hook.")
-        and hook.__module__ == "torch.utils.checkpoint"
-    )
+    return hook.__qualname__ if getattr(hook, "__module__", "") == "torch.utils.checkpoint" else ""
+
+
+class Product(torch.autograd.Function):
+    """x Wᵀ + b by a node that saves nothing, after the node of `kept`, which has saved all that the gradients need.
+
+    An autograd function saves when its forward has ended. Where the second forward of a checkpointed region stops at the last
+    tensor that is saved, that must not be after a product which nobody needs. `kept` stands for the result, without memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch.dtype | None
+    ) -> Tensor:
+        return F.linear(x, cast(weight, cast_to), None if bias is None else cast(bias, cast_to))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0], None, None, None, None
+
+
+def stand_in(x: Tensor, weight: Tensor) -> Tensor:
+    """A tensor (..., M) without memory, in place of x Wᵀ."""
+    return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
 
 
 # What a forward depends on besides its arguments
@@ -131,3 +170,14 @@ def autocast_as(dtype: torch.dtype | None, device: torch.device) -> AbstractCont
     if dtype is None and autocast_dtype(device) is None:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def cast_type(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What autocast to `dtype` makes of a tensor's type: it leaves float64 and whole numbers alone."""
+    stays = dtype is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
+    return tensor.dtype if stays or dtype is None else dtype
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """As autocast casts."""
+    return tensor.to(cast_type(tensor, dtype))

@@ -238,18 +238,18 @@ class VeloraTwin(nn.Module):
 
         In the first forward of a checkpointed region, whose saved tensors are thrown away, it has the shape and no memory.
         """
+        dtype = dtype or x.dtype
         if torch.compiler.is_compiling():
-            return compress(x.detach().to(dtype or x.dtype), self.direction)
+            return compress(x.detach().to(dtype), self.direction)
         if forward_is_repeated():
-            num_codes = x.numel() // x.shape[-1], self.num_groups
-            return x.new_empty((), dtype=dtype or x.dtype).expand(num_codes)
+            return x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], self.num_groups)
         if self.init == "running_average":  # a direction that changes at each step would have to be read each time
-            return compress(x.detach().to(dtype or x.dtype), self.direction)
+            return compress(x.detach().to(dtype), self.direction)
         known: dict[Any, TensorWeakRef] = vars(x).setdefault(_SHARED, {})
-        key = (self._direction_key(), dtype or x.dtype, x._version)
+        key = (self._direction_key(), dtype, x._version)
         z = known[key]() if key in known else None
         if z is None:
-            z = compress(x.detach().to(dtype or x.dtype), self.direction)
+            z = compress(x.detach().to(dtype), self.direction)
             known[key] = TensorWeakRef(z)  # only the layers' graph keeps it
         return z
 

@@ -1,4 +1,4 @@
-"""Figures: the loss curves, and what is kept for backward against speed, for each task and model."""
+"""Figures: the loss curves, what is kept for backward against speed, and each sweep, for each task, model and level."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import matplotlib
 
+from velora.report.charts import Chart, sweeps
+from velora.report.differences import groups
 from velora.report.records import Record
 from velora.report.text import for_figure
 from velora.run.files import write_whole
@@ -21,18 +23,46 @@ _STYLES = ("-", "--", "-.", ":")
 
 
 def draw(records: list[Record], out: Path) -> list[tuple[str, Path]]:
-    """One figure for each task and model with at least one finished run; returns titles and paths. OSError: not written."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if record["status"] == "ok":
-            groups.setdefault((record["task"], record["model"]), []).append(record)
+    """The figures of each table with at least one finished run; returns titles and paths. OSError: not written."""
     drawn: list[tuple[str, Path]] = []
-    for (task, model), group in groups.items():
-        title = f"{task}, {model}"
-        path = out / _file_name(f"{task}-{model}", {path.name for _, path in drawn})
-        _draw(title, group, path)
+
+    def place(title: str, name: str) -> Path:
+        path = out / _file_name(name, {path.name for _, path in drawn})
         drawn.append((title, path))
+        return path
+
+    for title, group in groups(record for record in records if record["status"] == "ok").items():
+        name = "-".join(filter(None, (group[0]["task"], group[0]["model"], group[0].level)))
+        _draw(title, group, place(title, name))
+        for chart in sweeps(group):
+            swept = f"{title}: {chart['title']}"
+            _draw_sweep(swept, chart, place(swept, f"{name}-{chart['x']}"))
     return drawn
+
+
+def _draw_sweep(title: str, chart: Chart, path: Path) -> None:
+    """Score (lines) and bytes (dashes, right) against the number that was swept; doubled steps stand at equal distances."""
+    figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure.suptitle(for_figure(title), fontsize=10)
+    right = left.twinx() if chart["y2"] else left
+    lines = list(dict.fromkeys(series["of"] for series in chart["series"]))
+    for series in chart["series"]:
+        second = series["axis"] == "y2"
+        style = {"color": f"C{lines.index(series['of']) % 10}", "linestyle": "--" if second else "-", "markersize": 5}
+        style |= {"marker": "s", "markerfacecolor": "white"} if second else {"marker": "o"}
+        (right if second else left).plot(series["x"], series["y"], label=for_figure(series["label"]), **style)
+    values = chart["ticks"]
+    if values[0] > 0 and values[-1] / values[0] >= 4:
+        left.set_xscale("log")
+    left.set_xticks(values, [f"{value:g}" for value in values])
+    left.minorticks_off()
+    left.set(xlabel=for_figure(chart["x"]), ylabel=for_figure(chart["y"]))
+    if chart["y2"]:
+        right.set_ylabel(chart["y2"])
+    shown = [part for axes in dict.fromkeys((left, right)) for part in axes.get_legend_handles_labels()[0]]
+    left.legend(handles=shown, fontsize=8)
+    left.grid(alpha=0.3)
+    _save(figure, path)
 
 
 def _file_name(name: str, taken: set[str]) -> str:
@@ -65,6 +95,10 @@ def _draw(title: str, group: list[Record], path: Path) -> None:
     left.legend(fontsize=8)
     left.grid(alpha=0.3)
     _memory_against_speed(right, group, colour)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=130)
     plt.close(figure)

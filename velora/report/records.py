@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ class Record:
     folder: Path
     values: dict[str, Any]
     lines: list[dict[str, Any]] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
@@ -30,8 +32,71 @@ class Record:
     @property
     def paper(self) -> dict[str, float]:
         """The figures that the paper prints for this run, if its experiment names any."""
-        printed = (self["config"].get("experiment") or {}).get("paper") or {}
-        return printed.get(f"{self['task']} {self['model']}") or printed.get(self["task"]) or {}
+        return self.printed.get(self.column, {})
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        return self["config"].get("experiment") or {}
+
+    @property
+    def printed(self) -> dict[str, dict[str, float]]:
+        """The paper's figures for the whole row that this run belongs to, by column."""
+        return self.experiment.get("paper") or {}
+
+    @property
+    def column(self) -> str:
+        """The column of the row: the task, or task and model where the row prints it so."""
+        both = f"{self['task']} {self['model']}"
+        of_task = self["task"] in self.printed or not self.printed
+        return self["task"] if of_task and both not in self.printed else both
+
+    @property
+    def table(self) -> str | None:
+        """The table of the paper that this run has a row of ("table2"), if any."""
+        stated = self.experiment.get("table")
+        return stated if isinstance(stated, str) and self.printed else None
+
+    @property
+    def row(self) -> str:
+        """The name of its row in that table."""
+        return str(self.experiment.get("row") or str(self.experiment.get("name")).rpartition("/")[2])
+
+    @property
+    def level(self) -> str | None:
+        """How far this run is the published one: `level` of its experiment, else as the experiment's folder says.
+
+        A published row whose keys were changed on the command line is a level of its own.
+        """
+        level = level_of(self.experiment)
+        changed = self._changed() if level == PUBLISHED else []
+        return f"{PUBLISHED}, but with {', '.join(changed)}" if changed else level
+
+    @property
+    def outcome(self) -> str:
+        """What became of a run without a result, in one sentence."""
+        reason = f": {self['error']}" if self["error"] else ""
+        return f"{self['name']}, seed {self['seed']}, {self.status}{reason}"
+
+    @property
+    def status(self) -> str:
+        return str(self["status"]).replace("_", " ")
+
+    @property
+    def command(self) -> str:
+        return str(self.values.get("command") or "")
+
+    def _changed(self) -> list[str]:
+        changed = changed_keys(self.command)
+        if f"{self['task']} {self['model']}" not in self.printed:  # the model is no choice of a column here
+            changed += re.findall(r"(?<![\w.])model=\S+", self.command)
+        return changed
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps of the last phase: those logged, else those of the configuration."""
+        logged = [line["step"] for line in self.lines if line["phase"] == self.lines[-1]["phase"]]
+        configured = (self["config"].get("trainer") or {}).get("max_steps")
+        return max(logged, default=configured if isinstance(configured, int) else None)
 
     @property
     def note(self) -> str | None:
@@ -58,6 +123,28 @@ class Record:
         """Steps and values of one key of metrics.jsonl in the last phase."""
         lines = [x for x in self.lines if x["phase"] == self.lines[-1]["phase"] and x.get(key) is not None]
         return [line["step"] for line in lines], [line[key] for line in lines]
+
+
+PUBLISHED = "as published"
+_LEVELS = {"table": PUBLISHED, "figure": PUBLISHED, "short": "short", "memory": "memory", "smoke": "smoke"}
+_CHANGES_NOTHING = re.compile(
+    r"[+~]*(experiment(\.level)?|task|model|seed|name|level|data\.\w+|runs_dir|resume|overwrite|wandb\..*|hydra\..*|sweep\..*|objective"
+    r"|model\.path|trainer\.(device|micro_batch_size|eval_batch_size|num_workers|save_\w+|log_every|measure_memory))$"
+)
+
+
+def level_of(experiment: dict[str, Any]) -> str | None:
+    """The level that an experiment states, or that of its folder ("table2/full", "short/glue_minilm"); None for one's own runs."""
+    stated, name = experiment.get("level"), str(experiment.get("name") or "")
+    if isinstance(stated, str):
+        return PUBLISHED if stated == "paper" else stated
+    return _LEVELS.get(re.sub(r"\d.*", "", name.partition("/")[0]))
+
+
+def changed_keys(command: str) -> list[str]:
+    """The overrides of a command that move a published row away from what was published, as they were given."""
+    words = re.findall(r"(?:^|\s)'?([+~]*[a-z_][\w.@/]*=\S+)", command)
+    return [word.rstrip("'") for word in words if not _CHANGES_NOTHING.match(word.partition("=")[0])]
 
 
 @dataclass(frozen=True)

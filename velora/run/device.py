@@ -27,3 +27,8 @@ def training_device(config: Config) -> torch.device:
     if trainer.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("trainer.precision=bf16: this GPU has no bfloat16; use trainer.precision=fp16 or fp32")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """For the record."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"

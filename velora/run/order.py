@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 
 from velora.errors import ConfigError
 
+POOL_STEPS = 50  # of transformers' Trainer
+
 
 class Key(NamedTuple):
     """An example's place: what its random numbers are drawn from."""
@@ -37,12 +39,16 @@ class StepBatches(Sampler[list[Key]]):
     A whole step is B / (W K) examples for each micro-batch. The last step of an epoch may be shorter: it is cut into as few
     rounds of W nearly equal parts as fit the micro-batch size (dropped with `drop_last`). Where it has fewer examples than
     there are processes, the processes left over get its first one once more, since each must take part in the step.
+
+    With the `lengths` of the examples the order is that of transformers' group_by_length: the random order is cut into pools of
+    up to 50 steps, each pool is sorted with its longest example first, and the longest example of all begins.
     """
 
     def __init__(
         self, num_examples: int, batch_size: int, micro_batch_size: int, *,
-        drop_last: bool, seed: int, rank: int, num_processes: int,
+        drop_last: bool, seed: int, rank: int, num_processes: int, lengths: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
+        self.lengths = lengths
         self.num_examples, self.batch_size, self.micro_batch_size = num_examples, batch_size, micro_batch_size
         self.seed, self.rank, self.num_processes = seed, rank, num_processes
         self.epoch = 0
@@ -64,6 +70,8 @@ class StepBatches(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.num_examples, generator=generator).tolist()
+        if self.lengths is not None:
+            order = grouped_by_length(order, self.lengths, self.batch_size)
         start = 0
         for size in self._step_sizes():
             step = order[start : start + size]
@@ -85,6 +93,15 @@ class StepBatches(Sampler[list[Key]]):
         num = self._rounds(len(step)) * self.num_processes
         bounds = [len(step) * i // num for i in range(num + 1)]
         return [step[a:b] or step[:1] for a, b in itertools.pairwise(bounds)]
+
+
+def grouped_by_length(order: list[int], lengths: Sequence[int], batch_size: int) -> list[int]:
+    """The same examples, so that the steps of `batch_size` in a row are of like length."""
+    size = batch_size * max(1, min(len(order) // (4 * batch_size), POOL_STEPS))
+    pools = [sorted(order[i : i + size], key=lambda n: -lengths[n]) for i in range(0, len(order), size)]
+    longest = max(pools, key=lambda pool: lengths[pool[0]])  # the earliest of several
+    pools[0][0], longest[0] = longest[0], pools[0][0]
+    return list(itertools.chain(*pools))
 
 
 class SeededExamples(Dataset):
@@ -153,7 +170,7 @@ class TrainingData:
 
     def __init__(
         self, examples: Any, collate: Callable[[list[Any]], Any], *, batch_size: int, micro_batch_size: int, drop_last: bool,
-        seed: int, rank: int = 0, num_processes: int = 1,
+        seed: int, rank: int = 0, num_processes: int = 1, lengths: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.collate = SeededCollate(collate, seed)
         self.micro_batch_size, self.rank, self.num_processes = micro_batch_size, rank, num_processes
@@ -164,7 +181,7 @@ class TrainingData:
         self.dataset = SeededExamples(examples, seed)
         self.batches = StepBatches(
             len(examples), batch_size, micro_batch_size,
-            drop_last=drop_last, seed=seed, rank=rank, num_processes=num_processes,
+            drop_last=drop_last, seed=seed, rank=rank, num_processes=num_processes, lengths=lengths,
         )  # fmt: skip
 
     def loader(self, **options: Any) -> DataLoader:

@@ -4,6 +4,7 @@
                         metrics.jsonl    one line per logged step and per evaluation
                         result.json      the record, written last, in one move, also when the run fails
                         checkpoint-*/    while the run goes on (velora/run/checkpoints.py)
+                        mmlu/            the answers to a benchmark's questions, one line each (velora/eval/mmlu.py)
 
 The folder is the identity of a run (name and seed, no timestamp): an identical finished run is not run again, an
 interrupted one is continued, and another configuration under the same name is refused. A folder is a run of ours if our
@@ -101,6 +102,13 @@ class Run:
     def has_checkpoint(self) -> bool:
         """Whether any phase has a checkpoint to continue from (going by names and sizes of its files)."""
         return any(not checkpoints.damage(path, checksums=False) for path in self._checkpoints())
+
+    def answers_file(self, step: int) -> Path:
+        """Where the benchmark after `step` steps keeps its answers; an interrupted one continues from them."""
+        return self.folder / "mmlu" / f"step-{step}.jsonl"
+
+    def has_answers(self) -> bool:
+        return any(self.folder.glob("mmlu/step-*.jsonl"))
 
     def start(self) -> None:
         """Clear what `overwrite` or `resume=never` gives up, and write the configuration."""

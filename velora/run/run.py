@@ -76,7 +76,7 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
     except (KeyboardInterrupt, Interrupted) as error:
         sentence = str(error) or "stopped"
         _fail(run, measured, "failed", sentence)
-        continues = run.has_checkpoint() and config.resume != "never" and not config.overwrite
+        continues = (run.has_checkpoint() or run.has_answers()) and config.resume != "never" and not config.overwrite
         raise Interrupted(
             f"{sentence}; the same command {'continues it' if continues else 'starts it again'}"
         ) from None
@@ -101,6 +101,9 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
 
 
 def _execute(config: Config, run: Run, measured: Measured, data: TaskData, preprocessor: Any) -> None:
+    if config.trainer.max_steps == 0:
+        _evaluate(config, run, measured, data, preprocessor)
+        return
     best_epochs: dict[str, float] = {}
     for index, phase in enumerate(data.phases):
         final = index == len(data.phases) - 1
@@ -109,12 +112,28 @@ def _execute(config: Config, run: Run, measured: Measured, data: TaskData, prepr
             best_epochs[phase.name] = best_epoch
 
 
+def _evaluate(config: Config, run: Run, measured: Measured, data: TaskData, preprocessor: Any) -> None:
+    """Score the network as it is; nothing is trained."""
+    from velora.models.build import build_network, parameter_counts, weights_bytes
+    from velora.run.benchmark import flat_scores, judge
+    from velora.run.device import device_name, training_device
+
+    device = training_device(config)
+    network, _ = build_network(config, config.task.head(config), preprocessor)
+    measured.parameters, measured.device = parameter_counts(network), device_name(device)
+    network = network.to(device)
+    measured.memory["weights_bytes"] = weights_bytes(network)
+    scores = judge(config, run, data, network, 0)
+    measured.metrics.update({**scores, "best": {**flat_scores(scores), "step": 0}})
+
+
 def _train_phase(
     config: Config, run: Run, measured: Measured, data: TaskData, phase: Phase, preprocessor: Any,
     best_epochs: dict[str, float], final: bool,
 ) -> float | None:  # fmt: skip
     """Train one phase from the start (or from its checkpoint); returns the epoch of its best score."""
     from velora.models.build import build_network, parameter_counts
+    from velora.run.benchmark import judge
     from velora.run.train import Outcome, train_phase
 
     network, changes = build_network(config, config.task.head(config), preprocessor)
@@ -132,6 +151,8 @@ def _train_phase(
     scores = {**outcome.final_scores, "best": outcome.best_scores}
     if final:
         measured.metrics.update(scores)
+        if data.benchmark is not None:
+            measured.metrics.update(judge(config, run, data, outcome.network, outcome.step))
         if config.trainer.save_model and run.writes:
             config.adapter.save(outcome.network, run.folder / "model")
             if hasattr(preprocessor, "save_pretrained"):

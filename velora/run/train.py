@@ -30,7 +30,9 @@ from velora.memory.ledger import take_ledger
 from velora.memory.meter import autocast_dtype, training_loss
 from velora.nn.apply import without_a_trace
 from velora.run.arguments import training_arguments
+from velora.run.benchmark import judge
 from velora.run.checkpoints import non_finite_tensors, step_of
+from velora.run.device import device_name
 from velora.run.figures import Figures
 from velora.run.notes import note
 from velora.run.order import TrainingData
@@ -49,6 +51,7 @@ class Outcome:
     best_scores: dict[str, float] = field(default_factory=dict)  # with `step` and `epoch`
     device: str | None = None
     network: nn.Module | None = None
+    step: int = 0  # optimiser steps at its end
 
 
 def train_phase(
@@ -65,7 +68,7 @@ def train_phase(
         )
     figures = Figures(arguments.device, data.unit)
     seal = partial(run.seal, phase=phase_folder)
-    outcome.figures, outcome.device = figures, _device_name(arguments.device)
+    outcome.figures, outcome.device = figures, device_name(arguments.device)
     trainer = PhaseTrainer(config, data, phase, figures, seal, model=network, args=arguments)
     stop, bar = StopRequest(), _Bar()
     trainer.remove_callback(ProgressCallback)
@@ -96,6 +99,7 @@ def train_phase(
     finally:
         bar.close()
     outcome.network = trainer.accelerator.unwrap_model(trainer.model)
+    outcome.step = trainer.state.global_step
     outcome.final_scores, outcome.best_scores = choose_scores(trainer.state, data, phase)
 
 
@@ -152,7 +156,7 @@ class PhaseTrainer(Trainer):
             phase.train, data.collate,
             batch_size=config.trainer.batch_size, micro_batch_size=config.trainer.examples_per_forward,
             drop_last=config.trainer.drop_last, seed=config.seed,
-            rank=self.args.process_index, num_processes=self.args.world_size,
+            rank=self.args.process_index, num_processes=self.args.world_size, lengths=phase.lengths,
         )  # fmt: skip
 
     def fit(self, checkpoint: Path | None) -> None:
@@ -260,7 +264,7 @@ class Watch(TrainerCallback):
         self, config: Config, run: Run, phase: Phase, trainer: PhaseTrainer, stop: StopRequest, stop_after_epoch: float | None
     ) -> None:  # fmt: skip
         self.config, self.run, self.phase, self.stop = config, run, phase, stop
-        self.order, self.figures = trainer.order, trainer.figures
+        self.order, self.figures, self.data = trainer.order, trainer.figures, trainer.data
         self.stop_after_epoch = stop_after_epoch
         self.num_skipped = 0
 
@@ -301,9 +305,17 @@ class Watch(TrainerCallback):
             control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._is_past_stop(state):
             control.should_training_stop = True
+        last = state.global_step >= state.max_steps or control.should_training_stop  # judged when the run has ended
+        if self.data.benchmark_every_epoch and not last:
+            with self.figures.aside():
+                judge(self.config, self.run, self.data, model, state.global_step, epoch=state.epoch, check=self._check)
+
+    def _check(self) -> None:
+        if self.stop.signal_name is not None:
+            raise Interrupted(f"stopped by {self.stop.signal_name} in the benchmark")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "train_runtime" in logs:
@@ -368,10 +380,6 @@ def choose_scores(state: TrainerState, data: TaskData, phase: Phase) -> tuple[di
 def _was_skipped(optimizer: Any) -> bool:
     """Whether the gradient scaler of fp16 left out the last step."""
     return bool(getattr(optimizer, "step_was_skipped", False))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _is_about_files(error: Exception) -> bool:

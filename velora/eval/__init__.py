@@ -1,0 +1,1 @@
+"""Benchmarks that score a whole network outside the training loop."""
