@@ -65,7 +65,9 @@ class Sweeps:
         module.__dict__["VeloraLauncher"] = VeloraLauncher
         with contextlib.suppress(ImportError):  # there is one where another plugin is installed
             importlib.import_module("hydra_plugins")
-        sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+        package = ModuleType("hydra_plugins")
+        package.__path__ = []  # Hydra walks through it
+        sys.modules.setdefault("hydra_plugins", package)
         sys.modules[module.__name__] = module
         Plugins.instance().register(VeloraLauncher)
         target = f"{module.__name__}.VeloraLauncher"
