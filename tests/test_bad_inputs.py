@@ -265,6 +265,23 @@ GRAMMAR = {
     "unknown option": Bad("--frobnicate", ("unrecognized arguments: --frobnicate", "--help")),
     "option without a value": Bad("--config-dir", ("--config-dir", "expected one argument")),
     "one point of a sweep": Bad("-m seed=-1", ("seed=-1 is not valid",)),
+    "unknown value among several": Bad("-m method=full,veloar", ("method=veloar is not known", "did you mean velora?")),
+    "key of a sweep without -m": Bad("sweep.jobs=2", ("sweep.jobs=2", "add -m")),
+    "sweep over a key of the sweep": Bad("-m sweep.jobs=1,2", ("sweep.jobs=1,2", "give one value")),
+    "unknown key of a sweep": Bad("-m sweep.job=2", ("sweep.job is not a key", "did you mean sweep.jobs?")),
+    "number of jobs": Bad("-m sweep.jobs=0", ("sweep.jobs=0 is not valid",)),
+    "what to try again": Bad("-m sweep.retry=ok", ("sweep.retry=ok is not valid", "failed", "all")),
+    "what to do on a failure": Bad("-m sweep.on_failure=wait", ("sweep.on_failure=wait is not valid", "stop")),
+    "name of a sweep": Bad("-m sweep.name=a/../b", ("sweep.name=a/../b is not valid",)),
+    "options without a cluster": Bad(
+        "-m sweep.cluster_options={timeout_min:5}", ("sweep.cluster_options has no effect", "sweep.cluster=slurm")
+    ),
+    "option of no cluster": Bad(
+        "-m sweep.cluster=local sweep.cluster_options={timeot_min:5}", ("sweep.cluster_options", "timeot_min")
+    ),
+    "interval without a sweeper that searches": Bad(
+        "-m trainer.learning_rate=interval(0.1,0.2)", ("does not support sweep type",)
+    ),
     "variable that is not set": Bad(
         "trainer.max_steps=${oc.env:VELORA_NOT_SET}",
         ("trainer.max_steps", "the environment variable VELORA_NOT_SET is not set"),

@@ -100,7 +100,10 @@ def scores(tmp_path, monkeypatch):
     def run(objective):
         SCORES.clear()
         callback = f"+hydra.callbacks.scores._target_={__name__}.Collecting"
-        monkeypatch.setattr("sys.argv", ["velora-train", "-m", "seed=0,1", objective, callback, f"runs_dir={tmp_path}"])
+        basic = "hydra/launcher=basic"  # all in this process
+        monkeypatch.setattr(
+            "sys.argv", ["velora-train", "-m", basic, "seed=0,1", objective, callback, f"runs_dir={tmp_path}"]
+        )
         with pytest.raises(SystemExit) as ended:
             velora.cli.train()
         return dict(SCORES), ended.value.code

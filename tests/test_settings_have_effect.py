@@ -30,6 +30,7 @@ import velora
 from velora.config.parts import part_class, shipped_kinds
 from velora.config.read import model_in
 from velora.config.run import GROUPS, Config, validate
+from velora.config.sweep import SweepConfig
 from velora.memory.meter import preprocessor_for_shapes
 from velora.models.build import build_network
 from velora.nn.blocks import is_checkpointed
@@ -305,7 +306,18 @@ PARTS["model=smollm2"] = {
     },  # refused, but the last
 }
 
+# How the runs of a sweep are carried out: test_sweep, test_sweep_engines
+SWEEP = {
+    "name": Read("sweep/launcher.py"),
+    "jobs": Read("sweep/sweep.py"),
+    "retry": Read("sweep/sweep.py"),
+    "on_failure": Read("sweep/sweep.py"),
+    "cluster": Read("sweep/sweep.py"),
+    "cluster_options": Read("sweep/sweep.py"),
+}
+
 EFFECTS: dict[str, Any] = {
+    **{f"sweep.{key}": effect for key, effect in SWEEP.items()},
     **SECTIONS,
     **{f"trainer.{key}": effect for key, effect in TRAINER.items()},
     **{f"{part}.{key}": effect for part, effects in PARTS.items() for key, effect in effects.items()},
@@ -322,6 +334,7 @@ def every_key() -> Iterator[str]:
             yield from (f"{name}.{key}" for key in section.model_fields)
         else:
             yield name
+    yield from (f"sweep.{key}" for key in SweepConfig.model_fields)
 
 
 def entries(form: type) -> list[Any]:

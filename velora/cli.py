@@ -10,12 +10,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from velora.config.compose import checked, conf_dir, configured, one_sentence
-from velora.config.processes import check_processes
+from velora.config.compose import arguments_of, checked, conf_dir, configured, one_sentence
+from velora.config.processes import check_processes, num_processes
 from velora.config.run import Config, flatten
 from velora.errors import ConfigError, Interrupted, RunError
+
+if TYPE_CHECKING:
+    from velora.sweep.launcher import Sweeps
 
 Job = Callable[[Config], float | None]
 """What a program does with a configuration; a number is the score of a run, for sweepers."""
@@ -36,26 +39,27 @@ class _Reported(Exception):
         self.status = status
 
 
+class SweepEnded(BaseException):
+    """A sweep starts no further run: not an Exception, for a sweeper may go on after those."""
+
+
 class _Stopped(BaseException):
     """Ctrl-C or SIGTERM, reported already: not an Exception, for Hydra goes on with a multirun after those."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
 
 
 def train() -> None:
     """Console script `velora-train`."""
-
-    def job(config: Config) -> float | None:
-        from velora.run.run import train
-
-        return _score(train(config), config.objective)
-
-    sys.exit(launch("velora-train", job))
+    sys.exit(launch("velora-train", run_and_score, sweeps=True))
 
 
-def _score(record: dict[str, Any], objective: str | None) -> float | None:
+def run_and_score(config: Config) -> float | None:
+    """One run; returns the score that its `objective` names."""
+    from velora.run.run import train
+
+    return score_of(train(config), config.objective)
+
+
+def score_of(record: dict[str, Any], objective: str | None) -> float | None:
     """The score that `objective` names in a record; ConfigError names those that are there."""
     if objective is None:
         return None
@@ -67,12 +71,13 @@ def _score(record: dict[str, Any], objective: str | None) -> float | None:
     return scores[objective]
 
 
-def launch(program: str, job: Job) -> int:
+def launch(program: str, job: Job, *, sweeps: bool = False, stopped: int = 1) -> int:
     """Compose the configuration from sys.argv and run `job` on it (once, or once for each point of a multirun).
 
     Hydra gets what `job` returns, so that a sweeper can look for the best. Returns the exit status: 0 done, 2 the
-    configuration or the data is wrong, 1 anything else. In a multirun the other points still run, and the status of the
-    first one that failed is returned; Ctrl-C and SIGTERM end a multirun too.
+    configuration or the data is wrong, `stopped` after Ctrl-C or SIGTERM, 1 anything else. In a multirun the other points still
+    run, and the status of the first one that failed is returned; Ctrl-C and SIGTERM end a multirun too. With `sweeps` a
+    multirun is a sweep (velora/sweep/), each run of it in a process of its own, unless the command line names a launcher.
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -82,6 +87,7 @@ def launch(program: str, job: Job) -> int:
         sys.argv[1:], folders = checked(sys.argv[1:])
     except ConfigError as error:
         return report(program, str(error), 2)
+    sweep = _sweep(folders) if sweeps else None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands us its exceptions instead of printing them and exiting with 1
     status = 0
 
@@ -96,11 +102,30 @@ def launch(program: str, job: Job) -> int:
     try:
         with one_sentence(folders):
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(run_one)()
-    except (_Reported, _Stopped) as reported:
+    except _Stopped:
+        return stopped
+    except _Reported as reported:
         return reported.status
+    except SweepEnded:
+        pass
     except ConfigError as error:
-        return report(program, str(error), 2)
-    return status
+        status = report(program, str(error), 2)
+    return (sweep.close() if sweep is not None else 0) or status
+
+
+def _sweep(folders: Sequence[Path]) -> Sweeps | None:
+    """For a multirun of one process: what Hydra is to hand its runs to, made known to it. None where it keeps its own launcher."""
+    options = arguments_of(sys.argv[1:])
+    chosen = any(override.lstrip("+").startswith("hydra/launcher=") for override in options.overrides)
+    if not options.multirun or chosen or num_processes() > 1:
+        return None
+    from velora.sweep.launcher import NAME, Sweeps
+
+    own = [] if options.config_dir is None else ["--config-dir", options.config_dir]
+    sweeps = Sweeps(own, folders, score_of)
+    sweeps.register()
+    sys.argv.append(f"hydra/launcher={NAME}")
+    return sweeps
 
 
 def _guarded(program: str, job: Job, composed: Any, folders: Sequence[Path]) -> tuple[int, float | None]:
@@ -110,7 +135,8 @@ def _guarded(program: str, job: Job, composed: Any, folders: Sequence[Path]) -> 
             config = configured(composed, _overrides(), folders)
         return 0, job(config)
     except (KeyboardInterrupt, Interrupted) as error:
-        raise _Stopped(report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)) from None
+        report(program, str(error) or "stopped by Ctrl-C before the run had started", 1)
+        raise _Stopped from None
     except ConfigError as error:
         return report(program, str(error), 2), None
     except RunError as error:

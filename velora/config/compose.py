@@ -22,6 +22,7 @@ from velora.config.axes import without_keys_of_other_values
 from velora.config.processes import check_processes
 from velora.config.read import one_of, shown, unknown_key, unknown_value
 from velora.config.run import Config, is_identity, validate
+from velora.config.sweep import is_sweep_key, take_sweep
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path])
     container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     assert isinstance(container, dict)
     raw = {str(k): v for k, v in container.items()}
+    take_sweep(raw)
     raw["name"] = raw.get("name") or default_name(raw, overrides)
     return validate(raw)
 
@@ -74,7 +76,7 @@ def default_name(raw: dict[str, Any], overrides: Sequence[str]) -> str:
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
         stands_elsewhere = key in ("task", "model", "method", "experiment", "seed")  # the seed in the folder
-        if is_identity(key) and not stands_elsewhere and not key.startswith("hydra"):
+        if is_identity(key) and not stands_elsewhere and not key.startswith("hydra") and not is_sweep_key(key):
             extra.append(re.sub(r"[^\w.=+,-]+", "_", f"{key}={value}"))
     name = "-".join([base, *extra])
     if len(name) > 200:
@@ -112,13 +114,14 @@ def checked(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
 
     ConfigError for an argument that cannot be right.
     """
-    options = _options(arguments)
+    options = arguments_of(arguments)
     folders = config_folders(options.config_dir)
     written = {argument: _written(argument, folders, options.multirun) for argument in options.overrides}
     return [written.get(argument, argument) for argument in arguments], folders
 
 
-def _options(arguments: Sequence[str]) -> Any:
+def arguments_of(arguments: Sequence[str]) -> Any:
+    """The command line as Hydra's own parser reads it; ConfigError for what it refuses."""
     from hydra._internal.utils import get_args_parser
 
     def refuse(message: str) -> NoReturn:
@@ -141,11 +144,18 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
     if not key:
         raise ConfigError(_unreadable(argument, ""))
     known = _choices(key, folders)
+    if is_sweep_key(key) and (override.is_sweep_override() or not multirun):
+        raise ConfigError(
+            f"{argument}: the keys of a sweep are for all of its runs; "
+            + ("give one value" if multirun else "a single run has none: add -m, or leave it out")
+        )
     if override.type == OverrideType.DEL:
         return argument
     if override.is_sweep_override():
         glob = isinstance(value, Glob)
-        values = _matching(argument, key, value, known) if glob else list(override.sweep_iterator())
+        values: list[Any] = ["..."]  # of an interval, for sweepers that search
+        if override.is_discrete_sweep():
+            values = _matching(argument, key, value, known) if glob else list(override.sweep_iterator())
         if not values:
             raise ConfigError(f"{argument} gives no value, so nothing would run")
         if not multirun and not (glob and len(values) == 1):
@@ -153,6 +163,8 @@ def _written(argument: str, folders: Sequence[Path], multirun: bool) -> str:
                 f"{argument} gives several values: add -m for one run each, write [...] around a list, or quote a text: "
                 f"{quoted(argument)}"
             )
+        for choice in values if known and not glob and override.is_discrete_sweep() else ():
+            _check_choice(f"{argument.partition('=')[0]}={choice}", key, choice, known)
         return f"{argument.partition('=')[0]}={','.join(map(str, values))}" if glob else argument
     if known:
         _check_choice(argument, key, value, known)

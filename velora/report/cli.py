@@ -4,6 +4,7 @@
     velora-report runs --format html --out DIR    one page: tables to sort, curves, the command behind each row (also latex, csv)
     velora-report runs --commands lora            command and configuration behind each cell with "lora" in title or command
     velora-report --compare A B                   two run folders side by side, only what differs
+    velora-report --status runs                   how far the sweeps below a folder are (docs/sweeps.md)
 
 A result.json that is no record is named with the reason and left out. Exit status: 0 where at least one record was
 reported, 2 where there was none or the report cannot be written.
@@ -30,6 +31,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no "±"
+    if arguments.status:
+        from velora.sweep.status import print_status
+
+        sys.exit(print_status(arguments.folder))
     if arguments.compare:
         a, b = arguments.compare
         sys.exit(compare(a, b, arguments.format))
@@ -58,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="end with two sentences: what is kept at which speed, and what that costs",
     )
+    parser.add_argument("--status", action="store_true", help="how far the sweeps below the folder are, and stop")
     parser.add_argument(
         "--compare-questions", nargs=2, type=Path, metavar=("A", "B"),
         help="two runs' folders (or their mmlu/step-*.jsonl): McNemar's test on the same questions, and no report",

@@ -51,12 +51,13 @@ class Run:
 
     Reasons are a run of another configuration, files that are not ours or cannot be read, another process that is writing,
     a disk that cannot be written. A write that fails later is a RunError. Under several processes only rank 0 writes.
+    With `look` nobody does: it is only asked whether the folder can be used.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, look: bool = False) -> None:
         self.config = config
         self.folder = config.folder
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes = os.environ.get("RANK", "0") == "0" and not look
         self._replaces = config.overwrite or config.resume == "never"
         self._lock: IO[str] | None = None
         self.tracker = Tracker()

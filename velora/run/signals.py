@@ -21,7 +21,7 @@ class StopRequest:
                 raise KeyboardInterrupt(f"stopped by a second {signal.Signals(number).name}")
             self.signal_name = signal.Signals(number).name
 
-        with _handlers(note):
+        with handling(note):
             yield
 
 
@@ -32,12 +32,13 @@ def terminate_as_interrupt() -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
-    with _handlers(stop):
+    with handling(stop):
         yield
 
 
 @contextlib.contextmanager
-def _handlers(function: Any) -> Iterator[None]:
+def handling(function: Any) -> Iterator[None]:
+    """`function(number, frame)` answers SIGINT and SIGTERM."""
     try:
         before = {number: signal.signal(number, function) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread (a launcher's worker): the launcher's own handlers hold
