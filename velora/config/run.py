@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from velora.config.level import LevelName
 from velora.config.parts import (
     Activations,
     Adapter,
@@ -130,11 +131,16 @@ class ExperimentConfig(Section):
     points to them. `unknown`: those that nobody printed. `paper` holds the printed figures under the names of result.json, by
     task ("glue/sst2") or task and model ("c4 llama_60m"). `settings` holds what differs from column to column, by the name
     of the task or the model; the experiment's keys refer to it: `rank: ${experiment.settings.${model.name}.rank}`.
+    `level`: how far all of this is the published setting (`velora/config/level.py`). `searched`: the keys of which several values
+    were tried; the best one by the score `judged_by` (null: the printed one) of the first seed counts.
     """
 
     name: str
     table: str | None = None
     row: str | None = None
+    level: Incidental[LevelName | None] = None  # what it changes stands in the keys that it sets
+    searched: Incidental[list[str]] = []
+    judged_by: Incidental[str | None] = None
     published: Incidental[str | None] = None
     inferred: Incidental[str | None] = None
     unknown: Incidental[str | None] = None
