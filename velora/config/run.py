@@ -146,7 +146,12 @@ class ExperimentConfig(Section):
     unknown: Incidental[str | None] = None
     note: Incidental[str | None] = None
     settings: Incidental[dict[str, dict[str, Any]]] = {}  # those of this run stand in the keys that refer to them
-    paper: Incidental[dict[str, dict[str, float]]] = {}  # is compared with, not computed with
+    paper: Incidental[dict[str, dict[str, float]]] = {}  # is compared with, not computed with; null: the row is not in the paper
+
+    @field_validator("paper", mode="before")
+    @classmethod
+    def _null_is_nothing(cls, paper: Any) -> Any:
+        return {} if paper is None else paper
 
 
 class TrainerConfig(Section):
@@ -253,6 +258,11 @@ class Config(Section):
     @property
     def raw(self) -> dict[str, Any]:
         return self._raw
+
+    @property
+    def has_only_shapes(self) -> bool:
+        """Whether nothing is trained or read: only memory, and on a GPU speed, are asked for (level `memory`)."""
+        return self.experiment is not None and self.experiment.level == "memory"
 
     @property
     def folder(self) -> Path:
