@@ -33,7 +33,9 @@ from velora.config.activations import Velora
 from velora.config.compose import compose
 from velora.config.run import Config
 from velora.errors import ConfigError
-from velora.memory.meter import training_loss
+from velora.memory.meter import network_without_weights, training_loss
+from velora.nn.apply import velora_layers
+from velora.nn.projection import split_width
 from velora.run.device import training_device
 from velora.run.run import train
 
@@ -57,7 +59,7 @@ def figure2(
     `device`: None for what trainer.device says. Raises ConfigError before any training, RunError where a network diverges.
     """
     shared = _shared(overrides, steps, device)
-    configs = {g: _composed(shared, g) for g in groups}
+    configs = _configs(shared, groups)
     held_out = _held_out(configs[groups[0]])
     at = sorted({round(steps * i / NUM_INTERVALS) for i in range(NUM_INTERVALS + 1)})
     about = machine(training_device(configs[groups[0]]))
@@ -112,16 +114,24 @@ def _shared(overrides: Sequence[str], steps: int, device: torch.device | None) -
     return ("method=velora", *small, *overrides, f"trainer.max_steps={steps}", *where)
 
 
-def _composed(shared: Sequence[str], num_groups: int) -> Config:
-    config = compose(
-        "wandb.mode=disabled", "trainer.save_every=end", "trainer.eval_every=end", "trainer.measure_memory=false", *shared,
-        f"activations.num_groups={num_groups}", "activations.sub_token_size=null", "resume=never", f"name=figure2/{num_groups}",
-    )  # fmt: skip
-    if not isinstance(config.activations, Velora):
+def _configs(shared: Sequence[str], groups: Sequence[int]) -> dict[int, Config]:
+    """Groups -> configuration; ConfigError before any training, also for layers that do not split."""
+    plain = compose(*shared)
+    if not isinstance(plain.activations, Velora):
         raise ConfigError(
-            f"activations={config.activations.kind}: figure2 measures VeLoRA layers; use activations=velora"
+            f"activations={plain.activations.kind}: figure2 measures VeLoRA layers; use activations=velora"
         )
-    return config
+    apart = ("trainer.save_every=end", "trainer.eval_every=end", "trainer.measure_memory=false", "wandb.mode=disabled")
+    configs = {}
+    for g in groups:
+        own = (f"activations.num_groups={g}", "activations.sub_token_size=null", "resume=never", f"name=figure2/{g}")
+        configs[g] = compose(*apart, *shared, *own)
+    if len(configs) > 1:
+        layers = velora_layers(network_without_weights(configs[groups[0]]))
+        for width in {layer.num_groups * layer.sub_token_size for layer in layers.values()}:
+            for g in groups:
+                split_width(width, num_groups=g)
+    return configs
 
 
 def _held_out(config: Config) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import matplotlib
 
+from velora.bench.figure2 import PRINTED_RANGE
+from velora.bench.figure2_measure import equation_3
 from velora.report.text import for_figure
 from velora.run.files import write_whole
 
@@ -18,7 +20,7 @@ import matplotlib.pyplot as plt
 DRAWN = "group_blocks"  # the reading that panel (a) shows step by step; the others at the last step only
 SHARE_OF_RMS = "0.1"
 SPARSITY_GROUPS = ("8", "4", "2")  # sub-tokens of D/8, D/4, D/2
-PRINTED_RANGE = (6, 18)
+FINE = [i / 500 for i in range(501)]  # k, for a smooth curve
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -81,7 +83,8 @@ def _equation(axes: Any, record: Mapping[str, Any]) -> None:
     k = record["c"]["k"]
     for i, curve in enumerate(record["c"]["simulated"]):
         colour = str(0.15 + 0.17 * i)
-        axes.plot(k, curve["equation"], color=colour, linewidth=1.2, label=f"equation 3, sigma = {curve['sigma']}")
+        values = [equation_3(x, curve["sigma"]) for x in FINE]
+        axes.plot(FINE, values, color=colour, linewidth=1.2, label=f"equation 3, sigma = {curve['sigma']}")
         axes.plot(k, curve["simulated"], ".", color=colour, markersize=3)
     for i, g in enumerate(_shown(record)):
         found = record["c"]["measured_at_the_last_step"][g]["pair"]
