@@ -124,11 +124,13 @@ def test_verdict():
         "rises_with_groups": {"0": True, "5": False}, "range": [6.0, 18.0], "within_printed_range": True,
     }  # fmt: skip
     assert not figure2.verdict({"0": {"1": 5.9, "2": 7.0}})["within_printed_range"]
+    assert figure2.verdict({"0": {"4": 7.0}})["rises_with_groups"] == {"0": None}
 
 
 @pytest.fixture
-def network():
-    config = compose("method=velora", *QUICK, "trainer.max_steps=1")
+def network(request):
+    method = getattr(request, "param", "velora")
+    config = compose(f"method={method}", *QUICK, "trainer.max_steps=1")
     built, _ = build_network(config, config.task.head(config), config.model.preprocessor(config))
     batch = {"input_ids": torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))}
     batch["labels"] = batch["input_ids"].clone()
@@ -161,6 +163,17 @@ def test_measuring_leaves_no_trace_and_the_exact_gradient_is_that_of_plain_layer
     plain = {name: measuring.sparsity(model.get_submodule(name).weight.grad) for name in names}
     assert all(found["layers"][name]["sparsity"] == {"velora": ours[name], "exact": plain[name]} for name in names)
     assert ours != plain
+
+
+@pytest.mark.parametrize("network", ["lora_velora"], indirect=True)
+def test_an_adapter_has_the_role_of_its_layer_and_its_zero_gradient_is_sparse(network):
+    config, model, batch = network
+    found = measuring.measure(model, batch, training_loss(model, batch, config))["layers"]
+    roles = {name.split(".")[-3]: layer["role"] for name, layer in found.items()}
+    assert roles["v_proj"] == "value"
+    assert None not in roles.values()
+    for layer in found.values():  # lora_B is zero before the first step, so lora_A has no gradient
+        assert set(layer["sparsity"]["exact"]["rms"].values()) == {1.0}
 
 
 def test_padding_is_not_measured(network):

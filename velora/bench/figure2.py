@@ -111,7 +111,8 @@ def _shared(overrides: Sequence[str], steps: int, device: torch.device | None) -
         )
     small = () if keys & {"model", "task"} else SMALL
     where = () if device is None else (f"trainer.device={device.type}",)
-    return ("method=velora", *small, *overrides, f"trainer.max_steps={steps}", *where)
+    method = () if "method" in keys else ("method=velora",)
+    return (*method, *small, *overrides, f"trainer.max_steps={steps}", *where)
 
 
 def _configs(shared: Sequence[str], groups: Sequence[int]) -> dict[int, Config]:
@@ -205,12 +206,13 @@ def panel_a(networks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def verdict(by_step: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Of step -> groups -> rank: at which steps it rises with each doubling of the groups, and its range beside the printed one."""
+    """Of step -> groups -> rank: at which steps it rises from each number of groups to the next, and its range beside the
+    printed one."""
     everything = [value for by_groups in by_step.values() for value in by_groups.values()]
-    rises = {}
+    rises: dict[str, bool | None] = {}  # None: there is one number of groups
     for step, by_groups in by_step.items():
         ordered = [by_groups[g] for g in sorted(by_groups, key=int)]
-        rises[step] = all(a < b for a, b in pairwise(ordered))
+        rises[step] = all(a < b for a, b in pairwise(ordered)) if len(ordered) > 1 else None
     low, high = min(everything), max(everything)
     return {
         "rises_with_groups": rises, "range": [low, high],
@@ -249,7 +251,7 @@ def table(record: Mapping[str, Any]) -> str:
     for reading, found in record["a"].items():
         for role, by_step in found["stable_rank"].items():
             said = found["verdict"][role]
-            rises = f"{sum(said['rises_with_groups'].values())} of {len(record['steps'])} steps"
+            rises = f"{sum(filter(None, said['rises_with_groups'].values()))} of {len(record['steps'])} steps"
             name = f"stable rank, {reading}, {role}"
             inside = "yes" if said["within_printed_range"] else "no"
             lines.append([name, *(f"{by_step[last][g]:.2f}" for g in groups), rises, inside])

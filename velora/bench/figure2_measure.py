@@ -5,7 +5,7 @@
 
 The stable rank of a matrix is ||A||_F^2 / ||A||_2^2: its squared singular values, summed, over the largest. Of which matrix the
 paper shows it, when tokens are cut into G groups, is not stated in what we have; `READINGS` are the plausible ones, and all
-are computed. Nor is a gradient's sparsity defined there: here it is the share of entries smaller than a threshold.
+are computed. Nor is a gradient's sparsity defined there: here it is the share of entries of at most a threshold.
 
 Equation 3 is 2 (1 - Phi(sqrt(k) / sigma)). That is the probability that X^2 > k for X normal with mean 0 and standard
 deviation sigma. So it holds for a similarity whose movement is the square of a normal variable; `MOVEMENTS` are two that real
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from velora.config.roles import role_of, roles_of
+from velora.config.roles import Roles, role_of, roles_of
 from velora.nn.apply import velora_layers, without_a_trace
 from velora.nn.projection import compress, split
 
@@ -65,11 +65,11 @@ def stable_ranks(x: Tensor, direction: Tensor) -> dict[str, float]:
 
 
 def sparsity(gradient: Tensor) -> dict[str, dict[str, float]]:
-    """The share of entries smaller in magnitude than a fraction of the gradient's rms and of its largest entry."""
+    """The share of entries with a magnitude of at most a fraction of the gradient's rms and of its largest entry."""
     size = gradient.detach().double().abs()
     scale = {"rms": float(size.square().mean().sqrt()), "max": float(size.max())}
     return {
-        of: {str(t): float((size < t * scale[of]).double().mean()) for t in fractions}
+        of: {str(t): float((size <= t * scale[of]).double().mean()) for t in fractions}
         for of, fractions in THRESHOLDS.items()
     }
 
@@ -134,7 +134,7 @@ def measure(
         layer = layers[name]
         tokens = _tokens(x.detach(), batch.get("attention_mask"))
         found[name] = {
-            "role": role_of(name, roles), "width": tokens.shape[1], "num_groups": layer.num_groups,
+            "role": _role(name, roles), "width": tokens.shape[1], "num_groups": layer.num_groups,
             "stable_rank": stable_ranks(tokens, layer.direction),
         }  # fmt: skip
         if movements_too:
@@ -152,6 +152,13 @@ def measure(
         found[name]["sparsity"] = {"velora": sparsity(ours[name]), "exact": sparsity(exact[name])}
     together = {kind: against_equation(torch.cat(values).cpu()) for kind, values in moved.items() if values}
     return {"layers": found, "movements": together}
+
+
+def _role(name: str, roles: Roles) -> str | None:
+    """Of a layer, or of the nearest module around it that has one (an adapter's)."""
+    parts = name.split(".")
+    paths = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((role for path in paths if (role := role_of(path, roles))), None)
 
 
 def _tokens(x: Tensor, mask: Tensor | None) -> Tensor:
