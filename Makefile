@@ -11,7 +11,7 @@ help:
 	@echo "make test    the test suite; no network, no GPU"
 	@echo "make check   lint, format and types"
 	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA, and of whole steps; into BENCH=runs/bench (half an hour)"
-	@echo "make figure2 Figure 2 of the paper on a small network; into FIGURE2=runs/figure2 (about ten minutes on one core)"
+	@echo "make figure2 Figure 2 of the paper on a small network; into FIGURE2=runs/figure2 (10 to 15 minutes on one core)"
 	@echo "make gpu     all that needs a GPU, in under ten minutes; appends to runs/records/gpu"
 	@echo "make install CONSTRAINTS=   the newest versions that pyproject.toml allows, instead of the tested ones"
 

@@ -17,7 +17,7 @@ from velora.run.files import write_whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DRAWN = "group_blocks"  # the reading that panel (a) shows step by step; the others at the last step only
+DRAWN = "group_blocks"  # the reading that panel (a) shows step by step, for its order is the printed one; others: the last step
 SHARE_OF_RMS = "0.1"
 SPARSITY_GROUPS = ("8", "4", "2")  # sub-tokens of D/8, D/4, D/2
 FINE = [i / 500 for i in range(501)]  # k, for a smooth curve
@@ -85,13 +85,14 @@ def _equation(axes: Any, record: Mapping[str, Any]) -> None:
         colour = str(0.15 + 0.17 * i)
         values = [equation_3(x, curve["sigma"]) for x in FINE]
         axes.plot(FINE, values, color=colour, linewidth=1.2, label=f"equation 3, sigma = {curve['sigma']}")
-        axes.plot(k, curve["simulated"], ".", color=colour, markersize=3)
+        axes.plot(k, curve["simulated"], ".", color=colour, markersize=3, label="its simulation" if i == 0 else None)
     for i, g in enumerate(_shown(record)):
-        found = record["c"]["measured_at_the_last_step"][g]["pair"]
-        label = f"pairs of sub-tokens, S = D/{g} (sigma {found['sigma']:.2f})"
-        axes.plot(k, found["share_above_k"], f"C{i}--", label=label)
+        measured = record["c"]["measured_at_the_last_step"][g]
+        for kind, style in (("code", "--"), ("pair", ":")):
+            label = f"{kind}, S = D/{g}, sigma {measured[kind]['sigma']:.2f}"
+            axes.plot(k, measured[kind]["share_above_k"], f"C{i}{style}", label=label)
     axes.set(xlabel="k", ylabel="probability of a move by more than k", ylim=(0, 1.02))
-    axes.set_title("(c) moves of similarities; dots: simulated; dashed: measured", fontsize=10)
+    axes.set_title("(c) moves of similarities; coloured: measured", fontsize=10)
     axes.legend(fontsize=7)
 
 
