@@ -113,9 +113,14 @@ def test_measured_moves_beside_the_equation():
     agrees = measuring.against_equation(normal**2)
     assert agrees["sigma"] == pytest.approx(0.5, rel=0.02)
     assert agrees["largest_difference_to_equation"] < 0.01  # chance, and that of sigma
+    moves = np.random.default_rng(5).beta(0.5, 3, 400)
+    found = measuring.against_equation(moves)
+    square = scipy.stats.chi2(1, scale=moves.mean())  # of a normal variable
+    assert found["largest_at_any_k"] == pytest.approx(scipy.stats.kstest(moves, square.cdf).statistic, abs=1e-12)
     constant = measuring.against_equation(np.full(100, 0.25))
     assert constant["largest_difference_to_equation"] == pytest.approx(1 - measuring.equation_3(0.2, 0.5))
-    assert measuring.against_equation(np.zeros(10))["largest_difference_to_equation"] == 0
+    nothing = measuring.against_equation(np.zeros(10))
+    assert (nothing["largest_difference_to_equation"], nothing["largest_at_any_k"]) == (0, 0)
 
 
 def test_verdict():
