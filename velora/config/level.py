@@ -46,13 +46,15 @@ class RowAtLevel(_Read):
 
 
 class TableAtLevel(_Read):
-    """`about`: one or two sentences on what the figures of this level show and do not show; it goes below the table."""
+    """`about`: one or two sentences on what the figures of this level show and do not show; they go above the table. `figures`:
+    which kinds of printed figures this level measures, where it is not what such a level always does (velora/report/paper.py)."""
 
     about: str | None = None
     columns: dict[str, list[str]] | None = None
     rows: dict[str, RowAtLevel] | list[str] | None = None
     seeds: list[int] = [0]
     settings: Settings = {}
+    figures: list[Literal["score", "accounting", "memory", "speed"]] | None = None
     judged_by: str | None = None  # a search, by another score than the one that the paper prints
 
     def row(self, name: str) -> RowAtLevel:
@@ -60,7 +62,7 @@ class TableAtLevel(_Read):
 
 
 class TableFile(_Read):
-    """One file of conf/table/. `figures`: what of the printed figures the level `paper` measures, where it is not all."""
+    """One file of conf/table/."""
 
     title: str
     columns: dict[str, list[str]]

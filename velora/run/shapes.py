@@ -1,7 +1,7 @@
 """A run at level `memory`: real shapes, random weights, no data. What it would use, and on a GPU what it uses and how fast it is.
 
-Without a GPU the record has estimates for a CUDA device (velora/memory/estimate.py), and no speed. On one, `NUM_STEPS` whole training
-steps run, optimiser included, and the allocator's peaks and the steps per second stand beside the estimates.
+Without a GPU the record has estimates for a CUDA device (velora/memory/estimate.py), and no speed. On one, `NUM_STEPS` whole
+training steps run, optimiser included, and the allocator's peaks and the steps per second stand beside the estimates.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def measure_shapes(config: Config, measured: Measured) -> None:
     measured.memory["accounting_bytes"] = sum(found.accounting.values())
     measured.memory["input_activations_bytes"] = found.accounting["inputs of trained layers"]
     measured.device = ESTIMATED
-    measured.parameters = found.parameters
+    measured.parameters.update(found.parameters)
     device = _cuda(config)
     if device is None:
         return
@@ -86,7 +86,9 @@ def timed_steps(config: Config, device: torch.device, num_steps: int = NUM_STEPS
     steps(num_steps)
     synchronise(device)
     seconds = time.perf_counter() - start
-    peaks = (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if on_cuda else (None, None)
+    peaks = (
+        (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if on_cuda else (None, None)
+    )
     return Steps(num_steps / seconds, num_steps, *peaks)
 
 

@@ -49,8 +49,11 @@ class Cell:
         return (*self.overrides, *point, f"seed={seed}")
 
 
-def plan(asked: Asked, folders: Sequence[Path]) -> list[Cell]:
-    """All cells of all tables; ConfigError where something that was asked for is not there."""
+def plan(asked: Asked, folders: Sequence[Path]) -> tuple[list[Cell], list[str]]:
+    """All cells of all tables, and a sentence for each table that has none at this level.
+
+    ConfigError where something that was asked for is not there, or nothing is left.
+    """
     if asked.level not in LEVELS:
         raise ConfigError(unknown_value("level", asked.level, list(LEVELS)))
     cells = []
@@ -68,7 +71,7 @@ def plan(asked: Asked, folders: Sequence[Path]) -> list[Cell]:
         raise ConfigError(
             without[0] if without else f"{' '.join(asked.tables)}: nothing of it is left by what is asked for"
         )
-    return cells
+    return cells, without
 
 
 def _cells(name: str, table: TableFile, asked: Asked) -> Iterator[Cell]:

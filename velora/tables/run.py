@@ -19,7 +19,7 @@ from velora.config.compose import arguments_of, checked_apart, compose, sweep_of
 from velora.config.level import judge_of
 from velora.config.sweep import SweepConfig, is_sweep_key
 from velora.errors import ConfigError
-from velora.sweep.launcher import name_of
+from velora.sweep.launcher import digest
 from velora.sweep.outcome import record_of
 from velora.sweep.sweep import Planned, Sweep
 from velora.tables.plan import Asked, Cell, plan
@@ -33,10 +33,12 @@ def run_tables(arguments: Sequence[str]) -> int:
     if not options.multirun:
         raise ConfigError(f"table={asked.tables[0]} is many runs: add -m")
     own = [] if options.config_dir is None else ["--config-dir", options.config_dir]
-    cells = plan(asked, folders)
+    cells, without = plan(asked, folders)
+    for sentence in without:
+        print(f"{sentence}; it is left out", flush=True)
     settings, runs_dir = _settings(sweep_keys, asked, options.config_dir)
     batches = [_planned(cell.first(), options.config_dir) for cell in cells]
-    folder = runs_dir / ".sweep" / (settings.name or name_of(list(arguments)))
+    folder = runs_dir / ".sweep" / (settings.name or f"{'-'.join(asked.tables)[:60]}-{asked.level}-{digest(arguments)}")
     sweep = Sweep(settings, folder, [Path(sys.argv[0]).name, *arguments], own)
     sweep.run([job for batch in batches for job in batch])
     if not sweep.is_stopping():
