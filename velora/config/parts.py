@@ -135,9 +135,7 @@ class Adapter(Part):
 class Optimizer(Part):
     """What the optimiser keeps per parameter."""
 
-    def needs_whole_parameters(self) -> str | None:
-        """The setting, as `key=value`, that rules out sharded parameters (trainer.sharding=fsdp), or None."""
-        return None
+    takes_shards: ClassVar[bool] = True  # works where a process has a part of each parameter (trainer.sharding=fsdp)
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         """An optimiser over the trainable parameters; learning rate and weight decay stand in `config.trainer`."""

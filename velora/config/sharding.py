@@ -32,9 +32,9 @@ def sharding_problems(config: Config) -> Iterator[str]:
             f"weights={config.weights.kind} with {given}: a weight in four bits and its scales cannot be cut into shards; use "
             "weights=dense, or trainer.sharding=none"
         )
-    if (setting := config.optimizer.needs_whole_parameters()) is not None:
+    if not config.optimizer.takes_shards:
         yield (
-            f"{setting} with {given}: it needs whole parameters and gradients, and each process holds a part of them; use "
+            f"optimizer={config.optimizer.kind} with {given}: it needs whole parameters and gradients, and each process holds a part; use "
             "optimizer=adamw, or trainer.sharding=none"
         )
     if trainer.precision == "fp16":
