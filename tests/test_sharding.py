@@ -25,25 +25,18 @@ from torch import nn
 from velora.config.optimizer import LOMO, Adafactor, AdamW, AdamW8bit, FLoRA, GaLore
 from velora.config.run import Config, differing_keys
 from velora.errors import ConfigError, Diverged
+from velora.run.arguments import training_arguments, use_one_device
 from velora.run.sharding import shard
 
 COMMON = ["trainer.eval_batch_size=64"]
 MEASURED = [*LLAMA, *COMMON, "trainer.measure_memory=true"]
-ACCUMULATED = [*LLAMA, *COMMON, "method=velora", "weights.dtype=bf16"]
+ACCUMULATED = [*LLAMA, *COMMON, "method=velora", "weights.dtype=bf16", "recompute=lean"]
 SAME = {
     "full": [*MEASURED, "method=full", "trainer.save_model=true"],
     "lora": [*MEASURED, "method=lora", "trainer.save_model=true"],
-    "velora": [*MEASURED, "method=velora", "trainer.eval_every=2"],
-    "lean": [*LLAMA, *COMMON, "method=velora", "recompute=lean", "weights.dtype=bf16"],
+    "velora": [*MEASURED, "method=velora", "trainer.eval_every=2", "model.architecture.tie_word_embeddings=true"],
     "blocks": [*LLAMA, *COMMON, "method=lora_velora", "recompute=blocks", "trainer.precision=bf16"],
-    "tied": [
-        *LLAMA,
-        *COMMON,
-        "method=velora",
-        "model.architecture.tie_word_embeddings=true",
-        "trainer.max_grad_norm=null",
-    ],
-    "roberta": [*ROBERTA, *COMMON, "method=hydra_velora"],
+    "roberta": [*ROBERTA, *COMMON, "method=hydra_velora", "trainer.max_grad_norm=null"],
 }
 RESUMED = ["method=velora", "activations.init=running_average", "trainer.save_every=2"]
 WHOLE = [*LLAMA, *COMMON, *RESUMED, "+model.architecture.attention_dropout=0.1"]
@@ -122,7 +115,7 @@ def test_curve_and_scores_are_those_of_one_process_on_the_joint_batch(two, one, 
 
 
 def test_accumulated_gradients_are_those_of_one_process(two, tmp_path):
-    """Two forwards of 2 examples in two processes see what two of 4 see in one; the direction comes from the first four."""
+    """With recompute=lean. Two forwards of 2 examples in two processes are two of 4 in one: the direction comes from the first four."""
     one = run_of(tmp_path, *ACCUMULATED, "trainer.micro_batch_size=4")
     train(one)
     sharded = run_of(two / "accumulated", *ACCUMULATED)
@@ -155,7 +148,7 @@ def build(method: str, folder: Path) -> nn.Module:
     from velora.memory.meter import preprocessor_for_shapes
     from velora.models.build import build_network
 
-    config = config_of(folder, *LLAMA, f"method={method}")
+    config = config_of(folder, *SAME[method])
     return build_network(config, config.task.head(config), preprocessor_for_shapes(config))[0]
 
 
@@ -188,6 +181,16 @@ def test_mixed_types_in_one_unit_are_refused(monkeypatch):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
     with pytest.raises(ConfigError, match=r"of Sequential are bfloat16 and float32.*weights\.dtype=fp32"):
         shard(model, torch.device("cpu"))
+
+
+def test_several_visible_gpus_do_not_multiply_the_batch(tmp_path, capsys):
+    """Without torchrun Trainer would take DataParallel: its n_gpu decides on it, and is a factor of the batch."""
+    arguments = training_arguments(config_of(tmp_path, *LLAMA), tmp_path, "end")
+    arguments._n_gpu = 4
+    assert arguments.train_batch_size == 32
+    use_one_device(arguments)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, 8)
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_runs_of_versions_without_the_key_are_runs_that_are_not_sharded():

@@ -27,6 +27,11 @@ def sharding_problems(config: Config) -> Iterator[str]:
         )
     if trainer.max_steps == 0:
         yield f"{given} has no effect with trainer.max_steps=0, which trains nothing; set trainer.sharding=none"
+    elif config.task.evaluates_alone:
+        yield (
+            f"task={config.task.name} with {given}: its benchmark needs a whole network in each process; train with another task "
+            "and trainer.save_model=true, then give model.path=<run>/model to task=mmlu"
+        )
     if config.weights.quantised:
         yield (
             f"weights={config.weights.kind} with {given}: a weight in four bits and its scales cannot be cut into shards; use "
@@ -34,8 +39,8 @@ def sharding_problems(config: Config) -> Iterator[str]:
         )
     if not config.optimizer.takes_shards:
         yield (
-            f"optimizer={config.optimizer.kind} with {given}: it needs whole parameters and gradients, and each process holds a part; use "
-            "optimizer=adamw, or trainer.sharding=none"
+            f"optimizer={config.optimizer.kind} with {given}: it needs whole parameters and gradients, of which each process holds "
+            "a part; use optimizer=adamw, or trainer.sharding=none"
         )
     if trainer.precision == "fp16":
         yield (

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from velora.errors import ConfigError, Diverged
 from velora.nn.blocks import find_blocks
@@ -100,14 +100,31 @@ def gather(network: nn.Module, *, keep: bool) -> None:
             module._parameters[name] = whole[id(parameter)]
 
 
-def without_wrapper(accelerator: Accelerator) -> None:
-    """Have accelerate prepare a network as it does in one process (autocast), without DDP around it or a move to a device."""
-    prepare = accelerator.prepare_model
+class Sharded(Trainer):
+    """Mixed into a Trainer whose network is sharded already: nothing is wrapped around it, and a checkpoint holds shards."""
 
-    def prepare_sharded(model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
-        return prepare(model, device_placement=False, evaluation_mode=True)
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have accelerate prepare the network as in one process (autocast), without DDP around it or a move to a device."""
+        super().create_accelerator_and_postprocess()
+        prepare = self.accelerator.prepare_model
 
-    accelerator.prepare_model = prepare_sharded  # type: ignore[method-assign]
+        def prepare_sharded(model: nn.Module, device_placement: Any = None, evaluation_mode: bool = False) -> Any:
+            return prepare(model, device_placement=False, evaluation_mode=True)
+
+        self.accelerator.prepare_model = prepare_sharded
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Nothing beside the shards."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_shards(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Trainer calls it before there is an optimiser; weights and state are read together, later."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load_shards(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
 
 def save_shards(checkpoint: Path, network: nn.Module, optimizer: Any, scheduler: Any) -> None:

@@ -38,7 +38,7 @@ from velora.run.figures import Figures
 from velora.run.notes import note
 from velora.run.order import TrainingData
 from velora.run.record import Run
-from velora.run.sharding import gathered_outside_blocks, load_shards, save_shards, shard, without_wrapper
+from velora.run.sharding import Sharded, gathered_outside_blocks, shard
 from velora.run.signals import StopRequest
 
 MAX_SKIPPED_STEPS = 50  # in a row: the gradient scaler halves its factor at each, and starts at 2^16
@@ -246,25 +246,8 @@ class PhaseTrainer(Trainer):
         return dict(self.data.metrics(prediction.predictions, prediction.label_ids))
 
 
-class ShardedTrainer(PhaseTrainer):
-    """PhaseTrainer for a network that velora/run/sharding.py has sharded; a checkpoint holds the shards."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        without_wrapper(self.accelerator)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Nothing beside the shards."""
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_shards(Path(output_dir), self.model, self.optimizer, self.lr_scheduler)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Trainer calls it before there is an optimiser; weights and state are read together, later."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            load_shards(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+class ShardedTrainer(Sharded, PhaseTrainer):
+    """PhaseTrainer for a network that `shard` has sharded."""
 
 
 class _NothingLeft(Exception):
