@@ -130,7 +130,12 @@ class Sharded(Trainer):
 def save_shards(checkpoint: Path, network: nn.Module, optimizer: Any, scheduler: Any) -> None:
     """What trains, the buffers and the optimiser's state, each process its parts. All processes must call it."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    dcp.save(_state(network, optimizer, scheduler), checkpoint_id=checkpoint / FOLDER)
+    state = _state(network, optimizer, scheduler)
+    try:
+        dcp.save(state, checkpoint_id=checkpoint / FOLDER)
+    except dcp.CheckpointException as error:  # no Exception; each process is told the reasons of all
+        reason, _ = next(iter(error.failures.values()))
+        raise reason from error
 
 
 def load_shards(checkpoint: Path, network: nn.Module, optimizer: Any, scheduler: Any) -> None:
