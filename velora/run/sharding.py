@@ -97,7 +97,7 @@ def gather(network: nn.Module, *, keep: bool) -> None:
                 full = parameter.detach().full_tensor().cpu()
                 full = full if keep else full.new_empty(0)
                 whole[id(parameter)] = nn.Parameter(full, requires_grad=parameter.requires_grad)
-            module._parameters[name] = whole[id(parameter)]
+            module.register_parameter(name, whole[id(parameter)])
 
 
 class Sharded(Trainer):
