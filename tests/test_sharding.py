@@ -133,6 +133,7 @@ def test_the_record_counts_the_parts_of_one_process(two, one, name, tmp_path):
     memory = record_of(run_of(two / name, *SAME[name]))["memory"]
     assert memory["weights_bytes"] == sum(parts.values()) + buffers
     assert memory["gradients_bytes"] == sum(parts[p] for p in trained)
+    assert record_of(run_of(two / name, *SAME[name]))["device"].endswith("one of 2 processes")
     assert memory["optimizer_bytes"] == sum(2 * parts[p] + 4 for p in trained)
 
 
