@@ -50,6 +50,7 @@ from velora.config.parts import (
 )
 from velora.config.processes import num_processes
 from velora.config.read import listing, model_in, parse, shown, unknown_key
+from velora.config.sharding import sharding_problems
 from velora.errors import ConfigError
 
 T = TypeVar("T")
@@ -189,6 +190,7 @@ class TrainerConfig(Section):
     save_model: Incidental[bool]
     device: Incidental[Literal["auto", "cpu", "cuda"]]
     measure_memory: Incidental[bool]
+    sharding: Literal["none", "fsdp"]
 
     @property
     def examples_per_forward(self) -> int:
@@ -300,7 +302,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = list(self.trainer.problems())
+        problems = [*self.trainer.problems(), *sharding_problems(self)]
         if self.trainer.max_steps == 0 and not self.task.evaluates_alone:
             problems.append(
                 f"trainer.max_steps=0: task={self.task.name} has no scores without a training; give at least 1"
@@ -323,6 +325,8 @@ GROUPS: dict[str, type[Part]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Part)
 }
 AXES = tuple(group for group in GROUPS if group not in ("model", "task"))
+LATER_KEYS = {"trainer.sharding": "none"}
+"""Keys that earlier versions did not have, and what their runs did."""
 
 
 def validate(raw: dict[str, Any]) -> Config:
@@ -347,7 +351,7 @@ def is_identity(key: str) -> bool:
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """Full names of the keys in which two composed configurations are different runs; a key that one lacks is null there."""
-    a, b = flatten(old), flatten(new)
+    a, b = LATER_KEYS | flatten(old), LATER_KEYS | flatten(new)
     return {key for key in {*a, *b} if a.get(key) != b.get(key) and is_identity(key)}
 
 

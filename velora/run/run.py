@@ -144,6 +144,7 @@ def _train_phase(
     """Train one phase from the start (or from its checkpoint); returns the epoch of its best score."""
     from velora.models.build import build_network, parameter_counts
     from velora.run.benchmark import judge
+    from velora.run.sharding import gather
     from velora.run.train import Outcome, train_phase
 
     network, changes = build_network(config, config.task.head(config), preprocessor)
@@ -162,6 +163,8 @@ def _train_phase(
     if final:
         measured.metrics.update(scores)
         measured.metrics.update(judge(config, run, data, outcome.network, outcome.step))
+        if config.trainer.save_model and config.trainer.sharding != "none" and outcome.network is not None:
+            gather(outcome.network, keep=run.writes)
         if config.trainer.save_model and run.writes:
             config.adapter.save(outcome.network, run.folder / "model")
             if hasattr(preprocessor, "save_pretrained"):
