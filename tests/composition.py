@@ -16,7 +16,7 @@ def columns(experiment: str) -> list[tuple[str, ...]]:
     """The overrides of an experiment and each of its columns: the tasks, models or methods that it has settings or figures for."""
     stated = yaml.safe_load(EXPERIMENTS[experiment].read_text())["experiment"]
     found = []
-    for column in {**stated.get("settings", {}), **stated.get("paper", {})}:
+    for column in {**(stated.get("settings") or {}), **(stated.get("paper") or {})}:
         words = column.split()  # "glue/sst2", "llama_60m", "c4 llama_60m" or "velora"
         found.append(tuple(f"{_group_of(word)}={word}" for word in words))
     return [(f"experiment={experiment}", *column) for column in dict.fromkeys(found or [()])]

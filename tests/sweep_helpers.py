@@ -51,11 +51,11 @@ STOPS_THE_SWEEP = "os.kill(os.getppid(), signal.SIGTERM); until_stopped()"
 
 
 @functools.cache
-def composed(*overrides: str) -> Config:
+def composed(*overrides: str, config_dir: Path | None = None) -> Config:
     hydra = GlobalHydra.instance()
     sweeping, hydra.hydra = hydra.hydra, None  # the sweep's own, under way
     try:
-        return velora.compose(*overrides)
+        return velora.compose(*overrides, config_dir=config_dir)
     finally:
         hydra.hydra = sweeping
 
@@ -68,12 +68,15 @@ class StandIns:
         self.behaves: dict[int, str] = {}
         self.started: list[int] = []
         self.scores: dict[int, float] = {}
+        self.score_of = lambda config: self.scores.get(config.seed, 0.5)
+        self.config_dir: Path | None = None
         self.run: Any = None
 
     def command_of(self, overrides: list[str]) -> list[str]:
-        config = composed(*(o for o in overrides if not o.startswith("hydra")))
+        own = [o for o in overrides if "=" in o and not o.startswith("hydra")]
+        config = composed(*own, config_dir=self.config_dir)
         self.started.append(config.seed)
-        score = self.scores.get(config.seed, 0.5)
+        score = self.score_of(config)
         record = {
             "name": config.name, "error": None, "method": config.method.name, "model": config.model.name,
             "task": config.task.name, "seed": config.seed, "metrics": {"accuracy": score, "best": {}}, "memory": {},

@@ -75,7 +75,7 @@ def test_it_may_refer_to_what_is_gone() -> None:
     assert composed("method=lora_velora").activations.layers == ["query", "value"]
     assert composed("method=lora_velora", "adapter=full").activations.layers == ["value", "down"]
     assert composed("method=lora_velora", "adapter=full", "activations=exact").raw["adapter"] == {"kind": "full"}
-    row = composed("experiment=memory/table4/galore", "optimizer=adamw")
+    row = composed("experiment=table4/galore", "optimizer=adamw")
     assert set(row.raw["optimizer"]) == {"kind", "betas", "eps", "fused"}
 
 
