@@ -70,6 +70,10 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
         "value": ("attention.query_key_value",), "output": ("attention.dense",),
         "up": ("mlp.dense_h_to_4h",), "down": ("mlp.dense_4h_to_h",),
     },
+    "gpt2": {  # fused too; its layers are transformers' Conv1D
+        "query": ("attn.c_attn",), "key": ("attn.c_attn",), "value": ("attn.c_attn",), "output": ("attn.c_proj",),
+        "up": ("mlp.c_fc",), "down": ("mlp.c_proj",),
+    },
 }
 # fmt: on
 
