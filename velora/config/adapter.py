@@ -199,7 +199,7 @@ class SSFAdapter(InsertedAdapter):
     """Scaling and shifting the features of a frozen network (arXiv 2210.08823).
 
     `targets`: roles or patterns; null for all places of the published code, which in any family are every linear
-    layer, every norm and the patch embedding, but not the head.
+    layer, every norm and the patch embedding (in general: every convolution), but not the head.
     """
 
     kind: Literal["ssf"]

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from velora.nn.blocks import BATCH_NORMS
+
 
 class ImageClassifier(nn.Module):
     """A vision transformer: forward(pixel_values, labels=None) -> loss (mean cross-entropy, with labels) and logits (B x C)."""
@@ -45,9 +47,7 @@ class ConvNetClassifier(nn.Module):
     def train(self, mode: bool = True) -> ConvNetClassifier:
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-                p.requires_grad for p in module.parameters()
-            ):
+            if isinstance(module, BATCH_NORMS) and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
 
