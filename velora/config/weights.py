@@ -96,9 +96,10 @@ class NF4(Weights):
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from velora.nn.head import head_names
         from velora.nn.quantised import is_quantised, quantise_model
+        from velora.nn.swap import bare_layers
 
         cast_parameters(model, self.dense_dtype())
-        quantise_model(model, keep=head_names(model), **self.quantisation(config))
+        quantise_model(model, keep=[*head_names(model), *bare_layers(model)], **self.quantisation(config))
         if not any(is_quantised(module) for module in model.modules()):
             raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
         return model

@@ -51,6 +51,11 @@ class SSF(nn.Module):
         if not hasattr(base, "bias"):
             nn.init.zeros_(self.scale_shift.bias).requires_grad_(False)
 
+    @property
+    def weight(self) -> Any:
+        """The frozen layer's, for a network that looks at it (Mamba's)."""
+        return self.base.weight
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base(x, *args, **kwargs)
         if self.channels_first:  # (batch, D, height, width) -> (batch, height, width, D) and back

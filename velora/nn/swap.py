@@ -179,6 +179,13 @@ def expand_container(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Mod
             yield from expand_container(".".join(filter(None, (name, attribute, key))), inner)
 
 
+def bare_layers(model: nn.Module) -> list[str]:
+    """Names of layers whose forward never runs, since the network reads their weights itself: whatever stands in the place of
+    such a layer would do nothing, or not be read. In transformers' Mamba the convolution and the time step's projection."""
+    mixers = [name for name, module in model.named_modules() if type(module).__name__ == "MambaMixer"]
+    return [f"{name}.{child}" for name in mixers for child in ("conv1d", "dt_proj")]
+
+
 def replace_modules(
     model: nn.Module, patterns: Iterable[str], make: Callable[[str, nn.Module], nn.Module]
 ) -> dict[str, nn.Module]:
