@@ -6,6 +6,7 @@ N  images      C  in-channels      P  height and width      M  out-channels     
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from velora.bench.machine import Step
@@ -13,6 +14,7 @@ from velora.bench.operator import print_row, timed
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Sizes = tuple[int, int, int, int, int]
 
@@ -63,5 +65,9 @@ def _candidates(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> tuple
         return step
 
     layers: dict[str, nn.Module] = {"nn.Conv2d": plain, "VeloraConv2d": twin}
-    saved = {name: measure_saved_bytes(lambda layer=layer: layer(x * 1).sum()) for name, layer in layers.items()}
+    saved = {name: measure_saved_bytes(partial(_sum_of, layer, x)) for name, layer in layers.items()}
     return {name: step_of(layer) for name, layer in layers.items()}, saved
+
+
+def _sum_of(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return layer(x * 1).sum()
