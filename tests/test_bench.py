@@ -76,7 +76,6 @@ def test_what_follows_a_step_is_not_timed(monkeypatch):
         (["--shape", "4,8,4,3"], "G=3 must divide D=8"),
         (["--conv", "1,2,3,4"], "must be five integers"),
         (["--conv", "2,8,6,4,3"], "G=3 must divide C=8"),
-        (["step", "--conv", "2,8,6,4,2"], "--conv has no effect on `step`"),
         (["--repeats", "0"], "must be a positive integer"),
         (["--dtype", "int8"], "invalid choice"),
         (["sideways"], "invalid choice"),
