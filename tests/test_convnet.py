@@ -18,7 +18,7 @@ from velora.config.roles import find_architecture, roles_by_module
 from velora.errors import ConfigError
 from velora.memory.estimate import estimate
 from velora.memory.ledger import measure_saved_bytes
-from velora.memory.meter import measure
+from velora.memory.meter import measure, training_loss
 from velora.models.build import build_network
 from velora.nn.apply import apply_velora, calibrate, velora_layers
 from velora.nn.blocks import checkpoint_blocks
@@ -206,6 +206,20 @@ def test_lora_on_convolutions_and_velora_on_lora():
     assert all(twin.weight.grad is not None for twin in twins.values())
     kept = [measure_saved_bytes(lambda each=each: each(**batch).loss) for each in (plain, network)]
     assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("overrides", [["weights.dtype=bf16"], ["trainer.precision=bf16"]], ids=" ".join)
+def test_half_precision(overrides):
+    """Batch norm stays in float32, what goes through it does not."""
+    network, config = network_of("method=velora", "model=resnet_tiny", *overrides)
+    batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
+    config.activations.calibrate(network, batch)
+    loss = training_loss(network, batch, config)()
+    loss.backward()
+    assert loss.dtype == torch.float32
+    half = torch.bfloat16 if overrides == ["weights.dtype=bf16"] else torch.float32
+    assert network.net.layer1[0].conv1.weight.grad.dtype == half
+    assert network.net.bn1.weight.grad.dtype == torch.float32
 
 
 # Mamba

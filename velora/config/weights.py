@@ -28,10 +28,14 @@ def torch_dtype(name: FloatName) -> torch.dtype:
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast all floating-point parameters in place; shared ones stay shared.
 
-    Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA).
+    Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA), and so do a batch norm's
+    parameters, which must have the type of its running mean.
     """
+    from velora.nn.blocks import BATCH_NORMS
+
+    norms = {id(p) for module in model.modules() if isinstance(module, BATCH_NORMS) for p in module.parameters()}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in norms:
             parameter.data = parameter.data.to(dtype)
 
 
