@@ -4,13 +4,14 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test check bench gpu install clean
+.PHONY: help demo test check bench figure2 gpu install clean
 
 help:
 	@echo "make demo    full training, VeLoRA, and what is computed again, on this machine; a table, a picture and two sentences (4 to 5 minutes)"
 	@echo "make test    the test suite; no network, no GPU"
 	@echo "make check   lint, format and types"
 	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA, and of whole steps; into BENCH=runs/bench (half an hour)"
+	@echo "make figure2 Figure 2 of the paper on a small network; into FIGURE2=runs/figure2 (10 to 15 minutes on one core)"
 	@echo "make gpu     all that needs a GPU, in under ten minutes; appends to runs/records/gpu"
 	@echo "make install CONSTRAINTS=   the newest versions that pyproject.toml allows, instead of the tested ones"
 
@@ -45,6 +46,11 @@ BENCH ?= runs/bench
 bench: $(STAMP)
 	$(BIN)/velora-bench operator --json $(BENCH)/operator.json
 	$(BIN)/velora-bench step --json '$(BENCH)/step_{model}.json' --picture '$(BENCH)/step_{model}.png'
+
+FIGURE2 ?= runs/figure2
+
+figure2: $(STAMP)
+	$(BIN)/velora-bench figure2 --json $(FIGURE2)/figure2.json --picture $(FIGURE2)/figure2.png
 
 gpu: $(STAMP)
 	$(BIN)/velora-bench gpu

@@ -406,9 +406,37 @@ RANKS = {
     ),
 }  # fmt: skip
 
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+FSDP = "trainer.sharding=fsdp"
+SHARDED = {
+    "in one process": Bad(FSDP, ("trainer.sharding=fsdp has no effect in one process", "torchrun")),
+    "no training": Bad(
+        f"task=mmlu trainer.max_steps=0 {FSDP}", ("no effect with trainer.max_steps=0",), environment=TWO
+    ),
+    "a benchmark": Bad(
+        f"task=alpaca_mmlu {FSDP}", ("its benchmark needs a whole network", "task=mmlu"), environment=TWO
+    ),
+    "four bits": Bad(
+        f"method=qlora {FSDP}", ("weights=nf4 with trainer.sharding=fsdp", "use weights=dense"), environment=TWO
+    ),
+    "loss scaling": Bad(
+        f"{FSDP} trainer.precision=fp16", ("trainer.precision=fp16 with", "bf16 or fp32"), environment=TWO
+    ),
+    "compiled": Bad(f"{FSDP} trainer.compile=true", ("trainer.compile=true with", "compile=false"), environment=TWO),
+    **{
+        optimizer: Bad(
+            f"method=full optimizer={optimizer} trainer.max_grad_norm=null {FSDP}",
+            (f"optimizer={optimizer} with trainer.sharding=fsdp: it needs whole parameters", "use optimizer=adamw"),
+            environment=TWO,
+        )
+        for optimizer in ("adafactor", "adamw_8bit", "galore", "flora", "lomo")
+    },
+    "another word": Bad("trainer.sharding=zero3", ("trainer.sharding=zero3", "'none' or 'fsdp'")),
+}
+
 TABLES = {
     "choices": CHOICES, "keys": KEYS, "values": VALUES, "together": TOGETHER, "grammar": GRAMMAR, "files": FILES,
-    "plugins": PLUGINS, "ranks": RANKS,
+    "plugins": PLUGINS, "ranks": RANKS, "sharded": SHARDED,
 }  # fmt: skip
 CASES = {f"{table}: {name}": bad for table, cases in TABLES.items() for name, bad in cases.items()}
 

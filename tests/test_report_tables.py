@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,7 +12,7 @@ import yaml
 from report_helpers import write, write_row, write_sweep
 
 from velora.report.differences import differing, groups, headings, natural, points
-from velora.report.paper import ESTIMATED, NO_FIGURE, NOT_RUN, paper_tables
+from velora.report.paper_tables import ESTIMATED, NO_FIGURE, NOT_RUN, paper_tables
 from velora.report.printed import rows_below, shipped_rows
 from velora.report.records import PUBLISHED, Record, changed_keys, level_of, read_records
 from velora.report.seeds import Spread, by_seed, paired_values, spread
@@ -272,7 +273,7 @@ def test_paper_ours_and_the_difference(table2):
     assert lines["lora", "ours"]["mrpc"] == "out of memory"
     assert dict(scores.notes) == {"a": "table2/glue/mrpc/lora, seed 0, out of memory: 7 GiB were asked for"}
     assert "Score: cola matthews_correlation, mrpc f1." in scores.about
-    assert "full (all columns): cpu, 2 threads, 100 steps, commit 012345678" in scores.remarks
+    assert "full (all columns); lora (cola): cpu, 2 threads, 100 steps, commit 012345678" in scores.remarks
     assert scores.rules == {3}
     peaks = {(row["row"], row[""]): row for row in rows(memory)}
     assert [peaks["full", "ours"][task] for task in ("cola", "mrpc")] == ["5 ± 0, n=2", "4"]
@@ -319,6 +320,101 @@ def test_rates_that_were_searched_are_lines_of_their_row(tmp_path):
         ("paper", "0.6224"),
         ("ours (learning_rate 0.0001)", "0.01"),
         ("ours (learning_rate 0.001)", "0.1"),
+    ]
+
+
+def test_of_a_search_the_best_point_of_the_first_seed_counts(tmp_path):
+    """Seed 1 ran at the best rate only, and is worse there than seed 0 at another: that changes no choice."""
+    searched = {"experiment.level": "small", "experiment.searched": ["trainer.learning_rate"]}
+    for seed, rate, score in ((0, 1e-3, 0.30), (0, 1e-4, 0.50), (0, 1e-2, None), (1, 1e-4, 0.20)):
+        config = {"trainer.learning_rate": rate}
+        status = {} if score else {"status": "diverged", "error": "nan"}
+        run = write_row(
+            tmp_path, "full", "glue/cola", seed, score, place=f"{rate}", level="small", config=config, **status
+        )
+        record = json.loads((run / "result.json").read_text())
+        record["config"]["experiment"] |= {key.partition(".")[2]: value for key, value in searched.items()}
+        (run / "result.json").write_text(json.dumps(record))
+    (table,) = paper_tables(records(tmp_path), {})
+    assert [(row[""], row["glue/cola"]) for row in rows(table)] == [("paper", "0.6224"), ("ours", "0.35 ± 0.21, n=2")]
+    said = (
+        "full, glue/cola: learning_rate 0.0001, the best of 0.0001, 0.001, 0.01 by matthews_correlation with seed 0; "
+        "an edge of the grid"
+    )
+    assert said in table.remarks
+
+
+def test_a_search_goes_by_the_score_that_the_experiment_names_and_lower_is_better_for_a_loss(tmp_path):
+    for rate, loss in ((1e-3, 2.0), (1e-4, 1.5), (1e-2, 3.0)):
+        experiment = {
+            "name": "table3/qlora", "table": "table3", "row": "qlora", "level": "small", "judged_by": "loss",
+            "searched": ["trainer.learning_rate"], "paper": {"alpaca_mmlu llama_7b": {"mmlu_micro": 0.39, "accounting_gib": 5.77}},
+        }  # fmt: skip
+        write(
+            tmp_path, f"{rate}", task="alpaca_mmlu", model="smollm2", method="qlora", metrics={"loss": loss, "mmlu_micro": rate},
+            config={"experiment": experiment, "trainer.learning_rate": rate},
+        )  # fmt: skip
+    (table,) = paper_tables(records(tmp_path), {})
+    assert rows(table) == [{"row": "qlora", "": "ours", "loss": "1.5", "mmlu_micro": "0.0001"}]
+
+
+def test_at_level_memory_the_sums_of_the_paper_and_the_estimated_peak_stand_beside_each_other(tmp_path):
+    experiment = {
+        "name": "table3/qlora", "table": "table3", "row": "qlora", "level": "memory",
+        "paper": {"alpaca_mmlu llama_7b": {"mmlu_micro": 0.39, "accounting_gib": 5.77, "memory_gb": 7.0}},
+    }  # fmt: skip
+    memory = {"accounting_bytes": 3 * 2**30, "peak_estimated_bytes": 5 * 10**9}
+    write(
+        tmp_path,
+        "a",
+        task="alpaca_mmlu",
+        model="llama_7b",
+        method="qlora",
+        memory=memory,
+        config={"experiment": experiment},
+    )
+    sums, peaks = paper_tables(records(tmp_path), {})
+    assert [row["alpaca_mmlu llama_7b"] for row in rows(sums)] == ["5.77", "3"]
+    assert [row["alpaca_mmlu llama_7b"] for row in rows(peaks)] == ["7", "5"]
+    assert meaning(peaks, peaks.rows[1][2].marks[0]) == ESTIMATED
+
+
+def test_scores_of_one_run_at_several_epochs_are_columns(tmp_path):
+    printed = {"mmlu_micro_epoch_1": 0.364, "mmlu_micro_epoch_2": 0.373}
+    experiment = {
+        "name": "table5a/qlora",
+        "table": "table5a",
+        "row": "qlora",
+        "paper": {"alpaca_mmlu llama_7b": printed},
+    }
+    run = write(
+        tmp_path, "a", task="alpaca_mmlu", model="llama_7b", method="qlora", metrics={"mmlu_micro": 0.4},
+        config={"experiment": experiment, "trainer.num_epochs": 2.0}, command="velora-train experiment=table5a/qlora",
+    )  # fmt: skip
+    after_epochs = [
+        {"phase": "train", "step": 10, "epoch": 0.999, "mmlu_micro": 0.3},
+        {"phase": "train", "step": 20, "loss": 1.0},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in after_epochs))
+    (table,) = paper_tables(records(tmp_path), {})
+    assert [list(row.values())[2:] for row in rows(table)] == [["0.364", "0.373"], ["0.3", "0.4"], ["-0.064", "+0.027"]]
+    assert table.head == ["row", "", "mmlu_micro_epoch_1", "mmlu_micro_epoch_2"]
+
+
+def test_a_row_that_the_paper_lacks_stands_in_the_table_without_a_printed_line(tmp_path):
+    write_row(tmp_path, "full", "glue/cola", score=0.6)
+    experiment = {"name": "table2/lean", "table": "table2", "row": "lean", "paper": None}
+    write(
+        tmp_path, "lean", task="glue/cola", model="roberta_base", metrics={"matthews_correlation": 0.7},
+        config={"experiment": experiment}, command="velora-train experiment=table2/lean task=glue/cola",
+    )  # fmt: skip
+    table = paper_tables(records(tmp_path), {})[0]
+    lines = [(row["row"], row[""], row["cola"]) for row in rows(table)]
+    assert lines == [
+        ("full", "paper", "0.6224"),
+        ("full", "ours", "0.6"),
+        ("full", "ours - paper", "-0.0224"),
+        ("lean", "ours", "0.7"),
     ]
 
 

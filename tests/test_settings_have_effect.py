@@ -104,6 +104,7 @@ TRAINER = {
     "save_model": Read("run/run.py"),  # test_run
     "device": Read("device.py"),  # test_memory_cli
     "measure_memory": Read("train.py"),  # test_run
+    "sharding": Read("run/train.py"),  # test_sharding
 }
 
 SECTIONS = {

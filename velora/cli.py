@@ -49,7 +49,19 @@ class _Stopped(BaseException):
 
 def train() -> None:
     """Console script `velora-train`."""
+    if any(argument.startswith("table=") for argument in sys.argv[1:]):
+        sys.exit(_tables())
     sys.exit(launch("velora-train", run_and_score, sweeps=True))
+
+
+def _tables() -> int:
+    """Whole tables of the paper (velora/tables/)."""
+    from velora.tables.run import run_tables
+
+    try:
+        return run_tables(sys.argv[1:])
+    except ConfigError as error:
+        return report("velora-train", str(error), 2)
 
 
 def run_and_score(config: Config) -> float | None:

@@ -3,6 +3,8 @@
     velora-bench                                     one layer (operator) with VeLoRA and without, beside PEFT's
     velora-bench step                                whole steps: what is kept x what is computed again
     velora-bench step --model llama_60m --points velora_all,velora_all+lean trainer.batch_size=8
+    velora-bench figure2 --picture figure2.png       Figure 2 of the paper, on a small network in some minutes
+    velora-bench figure2 model=llama_60m task=c4     the same of another network; overrides as for velora-train
     velora-bench gpu                                 all that needs a GPU, in under ten minutes
 
 The candidates run in turn, A B C A B C ..., so that whatever else the machine does meets all of them alike; what is
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,16 @@ from velora.bench.convolution import CONVOLUTIONS
 from velora.bench.operator import SHAPES
 from velora.bench.step import DEFAULT_MODELS, POINTS, SETTINGS
 from velora.cli import Parser, report
-from velora.errors import ConfigError
+from velora.errors import ConfigError, RunError
 
 GPU_PARTS = ("tests", "operator", "step", "table7", "estimate")
-MODES = ("operator", "step", "gpu")
+MODES = ("operator", "step", "figure2", "gpu")
 OPTIONS = {
     "shape": ("operator",), "conv": ("operator",),
-    "model": ("step",), "points": ("step",), "picture": ("step",), "optimizer": ("step",),
-    "json": ("operator", "step"), "repeats": ("operator", "step"), "dtype": ("operator", "step"),
-    "out": ("gpu",), "parts": ("gpu",), "minutes": ("gpu",), "tiny": ("gpu",), "overrides": ("step",),
+    "model": ("step",), "points": ("step",), "picture": ("step", "figure2"), "optimizer": ("step",),
+    "json": ("operator", "step", "figure2"), "repeats": ("operator", "step"), "dtype": ("operator", "step"),
+    "out": ("gpu",), "parts": ("gpu",), "minutes": ("gpu",), "tiny": ("gpu",), "overrides": ("step", "figure2"),
+    "groups": ("figure2",), "steps": ("figure2",),
 }  # fmt: skip
 """Options that not every mode has."""
 
@@ -40,18 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     try:
         _check(arguments)
-        return {"operator": _operator, "step": _step, "gpu": _gpu}[arguments.mode](arguments)
+        return {"operator": _operator, "step": _step, "figure2": _figure2, "gpu": _gpu}[arguments.mode](arguments)
     except ConfigError as error:
         return report("velora-bench", str(error), 2)
-    except _NotWritten as error:
+    except (_NotWritten, RunError) as error:
         return report("velora-bench", str(error), 1)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("velora-bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("mode", nargs="?", choices=MODES, default="operator", help="operator is the default")
-    parser.add_argument("overrides", nargs="*", help="step: overrides of velora-train, for all points")
-    parser.add_argument("--device", help="cpu, cuda, ...; default: cpu, and cuda of gpu")
+    parser.add_argument(
+        "overrides", nargs="*", help="step, figure2: overrides of velora-train, for all points or networks"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ...; default: cpu, cuda of gpu, what there is of figure2")
     parser.add_argument("--threads", type=_positive, metavar="T", help="CPU threads of torch (all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32")
     parser.add_argument("--repeats", type=_positive, metavar="R", help="measured rounds (operator: 20, step: 9)")
@@ -75,8 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--points", type=_among(POINTS), metavar="A,B", help="default: all:\n" + "\n".join(POINTS))
     group.add_argument("--optimizer", action="store_const", const=True, help="with the optimiser's step (AdamW)")
     group.add_argument(
-        "--picture", metavar="FILE", help="draw bytes against time, with the frontier; {model} as in --json"
+        "--picture",
+        metavar="FILE",
+        help="draw bytes against time, with the frontier; {model} as in --json\n(figure2: its three panels)",
     )
+    group = parser.add_argument_group("figure2")
+    group.add_argument("--groups", type=_groups, metavar="A,B", help="a network for each number of groups (1,2,4,8,16)")
+    group.add_argument("--steps", type=_positive, metavar="N", help="training steps of each network (1000)")
     group = parser.add_argument_group("gpu")
     group.add_argument("--parts", type=_among(GPU_PARTS), metavar="A,B", help=f"default: {','.join(GPU_PARTS)}")
     group.add_argument("--out", type=Path, metavar="DIR", help="records are appended there (runs/records/gpu)")
@@ -111,6 +121,10 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
     return int(text)
+
+
+def _groups(text: str) -> list[int]:
+    return sorted({_positive(part) for part in text.split(",")})
 
 
 def _among(known: Any) -> Any:
@@ -188,10 +202,39 @@ def _step(arguments: argparse.Namespace) -> int:
         if arguments.picture is not None:
             from velora.bench.picture import draw
 
-            try:
-                draw(record, files["picture"][model])
-            except OSError as error:
-                raise _NotWritten(f"--picture {files['picture'][model]} cannot be written ({error.strerror})") from None
+            _draw(draw, record, files["picture"][model])
+    return 0
+
+
+def _draw(draw: Callable[[dict[str, Any], Path], None], record: dict[str, Any], file: Path) -> None:
+    try:
+        draw(record, file)
+    except OSError as error:
+        raise _NotWritten(f"--picture {file} cannot be written ({error.strerror})") from None
+
+
+def _figure2(arguments: argparse.Namespace) -> int:
+    from velora.bench.figure2 import GROUPS, figure2, table
+    from velora.bench.machine import device_called
+    from velora.run.environment import git_state, versions
+
+    for option in ("json", "picture"):
+        if (given := getattr(arguments, option)) is not None:
+            _take_file(f"--{option}", Path(given))  # before the minutes of training
+    device = device_called(arguments.device or "cpu", arguments.threads)
+    about = {"versions": versions(), "git": git_state(), "command": " ".join(["velora-bench", *sys.argv[1:]])}
+    record = figure2(
+        arguments.overrides, groups=arguments.groups or GROUPS, steps=arguments.steps or 1000,
+        device=device if arguments.device else None,
+    )  # fmt: skip
+    record |= about
+    print(table(record))
+    if arguments.json is not None:
+        _write(record, Path(arguments.json))
+    if arguments.picture is not None:
+        from velora.bench.figure2_picture import draw
+
+        _draw(draw, record, Path(arguments.picture))
     return 0
 
 

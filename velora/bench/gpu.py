@@ -53,7 +53,7 @@ class Job:
         """What the item raises is the reason why it was not run; Ctrl-C is let through."""
         import torch
 
-        from velora.bench.table7 import forget
+        from velora.run.shapes import forget
 
         try:
             yield

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from velora.config.axes import without_keys_of_other_values
+from velora.config.level import settings_of, with_level
 from velora.config.processes import check_processes
 from velora.config.read import one_of, shown, unknown_key, unknown_value
 from velora.config.run import Config, is_identity, validate
-from velora.config.sweep import is_sweep_key, take_sweep
+from velora.config.sweep import SweepConfig, is_sweep_key, take_sweep
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,10 +43,21 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
 
     check_processes()
     folders = config_folders(config_dir)
-    given = [_written(override, folders, multirun=False) for override in overrides]
+    given = with_level([_written(override, folders, multirun=False) for override in overrides], folders)
     own = [f"hydra.searchpath=[{_as_text(f'file://{folder.resolve()}')}]" for folder in folders[1:]]
     with one_sentence(folders), initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         return configured(hydra_compose("config", [*given, *own]), given, folders)
+
+
+def sweep_of(overrides: Sequence[str]) -> SweepConfig:
+    """The settings of a sweep, from overrides of `sweep.` alone."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with one_sentence([conf_dir()]), initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        section = OmegaConf.to_container(hydra_compose("config", list(overrides)).sweep, resolve=True)
+    return take_sweep({"sweep": section})
 
 
 def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path]) -> Config:
@@ -57,12 +69,26 @@ def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path])
     assert isinstance(container, dict)
     raw = {str(k): v for k, v in container.items()}
     take_sweep(raw)
-    raw["name"] = raw.get("name") or default_name(raw, overrides)
+    experiment = raw.get("experiment")
+    if isinstance(experiment, dict) and experiment.get("table"):
+        experiment.setdefault("level", "paper")
+    raw["name"] = raw.get("name") or default_name(raw, _without_those_of_the_level(raw, overrides, folders))
     return validate(raw)
 
 
+def _without_those_of_the_level(raw: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
+    experiment = raw.get("experiment")
+    if not isinstance(experiment, dict) or not experiment.get("level"):
+        return list(overrides)
+    stands_for = settings_of(str(experiment.get("name")), str(experiment["level"]), folders)
+    return [override for override in overrides if override not in stands_for]
+
+
 def default_name(raw: dict[str, Any], overrides: Sequence[str]) -> str:
-    """`<task>-<model>-<method>` and every further override that changes what is computed, in the order of the keys."""
+    """`<task>-<model>-<method>` and every further override that changes what is computed, in the order of the keys.
+
+    Rows of the paper that are not run as published lie in a folder of their level.
+    """
 
     def name_of(group: str) -> str | None:
         section = raw.get(group)
@@ -71,7 +97,8 @@ def default_name(raw: dict[str, Any], overrides: Sequence[str]) -> str:
     names = [name_of(group) for group in ("task", "model", "method")]
     base = "-".join(re.sub(r"[^\w.]+", "_", str(n)).strip("_") for n in names)
     if experiment := name_of("experiment"):
-        base = f"{experiment}-{base}"
+        level = raw["experiment"].get("level") or "paper"
+        base = f"{experiment}-{base}" if level == "paper" else f"{level}/{experiment}-{base}"
     extra = []
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
@@ -110,14 +137,23 @@ def _choices(group: str, folders: Sequence[Path]) -> list[str]:
 
 
 def checked(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """The arguments of a command line with every `group=glob(pattern)` written as a comma list, and the folders of the groups.
+    """The arguments of a command line as Hydra is to read them, and the folders of the groups.
 
-    ConfigError for an argument that cannot be right.
+    Every `group=glob(pattern)` is written as a comma list, and a level as what it stands for. ConfigError for an argument that
+    cannot be right.
     """
+    others, overrides, folders = checked_apart(arguments)
+    return [*others, *with_level(overrides, folders)], folders
+
+
+def checked_apart(arguments: Sequence[str]) -> tuple[list[str], list[str], list[Path]]:
+    """Options, overrides with every glob written out, and the folders of the groups."""
     options = arguments_of(arguments)
     folders = config_folders(options.config_dir)
-    written = {argument: _written(argument, folders, options.multirun) for argument in options.overrides}
-    return [written.get(argument, argument) for argument in arguments], folders
+    others = list(arguments)
+    for argument in options.overrides:
+        others.remove(argument)
+    return others, [_written(argument, folders, options.multirun) for argument in options.overrides], folders
 
 
 def arguments_of(arguments: Sequence[str]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NegativeFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -40,6 +40,8 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class LowRankOptimizer(Optimizer):
     """`layers`: roles or patterns, null for every layer that plays a role. `rank`: a number, or a fraction of the shorter side."""
 
+    takes_shards: ClassVar[bool] = False  # what it projects is a whole matrix
+
     layers: Annotated[list[str], Field(min_length=1)] | None
     rank: PositiveInt | Fraction
     layerwise: bool
@@ -72,6 +74,10 @@ class LowRankOptimizer(Optimizer):
 class AdafactorSettings(Optimizer):
     """The keys of Adafactor, which FLoRA is built on."""
 
+    takes_shards: ClassVar[bool] = (
+        False  # row and column sums of whole matrices, which transformers' class keeps as plain tensors
+    )
+
     beta1: Annotated[float, Field(gt=0, lt=1)] | None
     eps: tuple[PositiveFloat, PositiveFloat]
     clip_threshold: PositiveFloat
@@ -103,6 +109,8 @@ class AdamW(Optimizer):
 
 class AdamW8bit(Optimizer):
     """Tensors with fewer than `min_8bit_size` entries keep fp32 moments."""
+
+    takes_shards: ClassVar[bool] = False  # bitsandbytes' kernels know no DTensor
 
     kind: Literal["adamw_8bit"]
     betas: tuple[Beta, Beta]
@@ -198,6 +206,8 @@ class FLoRA(LowRankOptimizer, AdafactorSettings):
 
 
 class LOMO(Optimizer):
+    takes_shards: ClassVar[bool] = False  # its hooks see gradients before they are averaged over processes
+
     kind: Literal["lomo"]
     max_grad_value: PositiveFloat | None
 

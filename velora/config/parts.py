@@ -135,6 +135,8 @@ class Adapter(Part):
 class Optimizer(Part):
     """What the optimiser keeps per parameter."""
 
+    takes_shards: ClassVar[bool] = True  # works where a process has a part of each parameter (trainer.sharding=fsdp)
+
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         """An optimiser over the trainable parameters; learning rate and weight decay stand in `config.trainer`."""
         raise NotImplementedError

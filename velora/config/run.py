@@ -34,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from velora.config.level import LevelName
 from velora.config.parts import (
     Activations,
     Adapter,
@@ -49,6 +50,7 @@ from velora.config.parts import (
 )
 from velora.config.processes import num_processes
 from velora.config.read import listing, model_in, parse, shown, unknown_key
+from velora.config.sharding import sharding_problems
 from velora.errors import ConfigError
 
 T = TypeVar("T")
@@ -130,17 +132,29 @@ class ExperimentConfig(Section):
     points to them. `unknown`: those that nobody printed. `paper` holds the printed figures under the names of result.json, by
     task ("glue/sst2") or task and model ("c4 llama_60m"). `settings` holds what differs from column to column, by the name
     of the task or the model; the experiment's keys refer to it: `rank: ${experiment.settings.${model.name}.rank}`.
+    `level`: how far all of this is the published setting (`velora/config/level.py`). `searched`: the keys of which several values
+    were tried; the best one by the score `judged_by` (null: the printed one) of the first seed counts.
     """
 
     name: str
     table: str | None = None
     row: str | None = None
+    level: Incidental[LevelName | None] = None  # what it changes stands in the keys that it sets
+    searched: Incidental[list[str]] = []
+    judged_by: Incidental[str | None] = None
     published: Incidental[str | None] = None
     inferred: Incidental[str | None] = None
     unknown: Incidental[str | None] = None
     note: Incidental[str | None] = None
     settings: Incidental[dict[str, dict[str, Any]]] = {}  # those of this run stand in the keys that refer to them
-    paper: Incidental[dict[str, dict[str, float]]] = {}  # is compared with, not computed with
+    paper: Incidental[
+        dict[str, dict[str, float]]
+    ] = {}  # is compared with, not computed with; null: the row is not in the paper
+
+    @field_validator("paper", mode="before")
+    @classmethod
+    def _null_is_nothing(cls, paper: Any) -> Any:
+        return {} if paper is None else paper
 
 
 class TrainerConfig(Section):
@@ -176,6 +190,7 @@ class TrainerConfig(Section):
     save_model: Incidental[bool]
     device: Incidental[Literal["auto", "cpu", "cuda"]]
     measure_memory: Incidental[bool]
+    sharding: Literal["none", "fsdp"]
 
     @property
     def examples_per_forward(self) -> int:
@@ -249,6 +264,11 @@ class Config(Section):
         return self._raw
 
     @property
+    def has_only_shapes(self) -> bool:
+        """Whether nothing is trained or read: only memory, and on a GPU speed, are asked for (level `memory`)."""
+        return self.experiment is not None and self.experiment.level == "memory"
+
+    @property
     def folder(self) -> Path:
         """Where this run lives. Name and seed are its identity; there is no timestamp in it."""
         return self.runs_dir / self.name / f"seed{self.seed}"
@@ -282,7 +302,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        problems = list(self.trainer.problems())
+        problems = [*self.trainer.problems(), *sharding_problems(self)]
         if self.trainer.max_steps == 0 and not self.task.evaluates_alone:
             problems.append(
                 f"trainer.max_steps=0: task={self.task.name} has no scores without a training; give at least 1"
@@ -305,6 +325,8 @@ GROUPS: dict[str, type[Part]] = {
     if isinstance(field.annotation, type) and issubclass(field.annotation, Part)
 }
 AXES = tuple(group for group in GROUPS if group not in ("model", "task"))
+LATER_KEYS = {"trainer.sharding": "none"}
+"""Keys that earlier versions did not have, and what their runs did."""
 
 
 def validate(raw: dict[str, Any]) -> Config:
@@ -329,7 +351,7 @@ def is_identity(key: str) -> bool:
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """Full names of the keys in which two composed configurations are different runs; a key that one lacks is null there."""
-    a, b = flatten(old), flatten(new)
+    a, b = LATER_KEYS | flatten(old), LATER_KEYS | flatten(new)
     return {key for key in {*a, *b} if a.get(key) != b.get(key) and is_identity(key)}
 
 

@@ -18,6 +18,7 @@ from velora.memory.meter import measure
 from velora.memory.paper import accounting
 from velora.memory.storages import plain_tensors
 from velora.memory.timeline import MemoryFigures
+from velora.models.build import parameter_counts
 from velora.run.device import training_device
 
 
@@ -37,6 +38,7 @@ class Explanation:
     config: Config
     figures: MemoryFigures
     accounting: Mapping[str, int]
+    parameters: Mapping[str, int]
     paper: Mapping[str, float]
     ledger: Ledger | None
     freed: tuple[Freed, ...]
@@ -93,6 +95,7 @@ def explain(config: Config, questions: Questions) -> Explanation:
         config=config,
         figures=figures,
         accounting=_accounting(config, pretended),
+        parameters=parameter_counts(pretended.network),
         paper=papers_figures(config),
         ledger=ledger,
         freed=freed,

@@ -154,7 +154,7 @@ def _text(records: list[Record], faults: Sequence[Fault], form: str) -> str:
 
         return csv_text(tidy(records))
     from velora.report.formats import latex_tables
-    from velora.report.paper import paper_tables
+    from velora.report.paper_tables import paper_tables
     from velora.report.tables import notes, run_tables, tables
 
     if form == "latex":

@@ -16,7 +16,7 @@ from typing import Any
 
 from velora.report.charts import charts
 from velora.report.differences import groups
-from velora.report.paper import paper_tables
+from velora.report.paper_tables import paper_tables
 from velora.report.records import Record
 from velora.report.table import Table
 from velora.report.tables import run_tables, said_by_experiments

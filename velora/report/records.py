@@ -29,6 +29,18 @@ class Record:
         """The final scores; those of earlier phases and of the best epoch are left out."""
         return {k: v for k, v in self["metrics"].items() if not isinstance(v, dict)}
 
+    def score(self, name: str) -> float | None:
+        """A final score, or what it was after an epoch: `mmlu_micro_epoch_2`."""
+        if name in self.scores:
+            return self.scores[name]
+        asked = re.fullmatch(r"(.+)_epoch_(\d+)", name)
+        if asked is None:
+            return None
+        score, epoch = asked[1], int(asked[2])
+        found = [x[score] for x in self.lines if x.get(score) is not None and abs((x.get("epoch") or 0) - epoch) < 0.05]
+        last = (self["config"].get("trainer") or {}).get("num_epochs") == epoch
+        return found[-1] if found else self.scores.get(score) if last else None
+
     @property
     def items_per_second(self) -> float | None:
         """Tokens or images, whichever the task counts."""
@@ -59,7 +71,7 @@ class Record:
     def table(self) -> str | None:
         """The table of the paper that this run has a row of ("table2"), if any."""
         stated = self.experiment.get("table")
-        return stated if isinstance(stated, str) and self.printed else None
+        return stated if isinstance(stated, str) else None
 
     @property
     def row(self) -> str:

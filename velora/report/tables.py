@@ -9,7 +9,7 @@ from typing import Any
 from velora.report.commands import made_of
 from velora.report.differences import Point, groups, headings, points, shown
 from velora.report.formats import markdown, markdown_tables
-from velora.report.paper import paper_tables
+from velora.report.paper_tables import paper_tables
 from velora.report.records import Record
 from velora.report.seeds import paired, score, spread
 from velora.report.table import Cell, Notes, Table, cells

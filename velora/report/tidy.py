@@ -25,10 +25,11 @@ def tidy(records: list[Record], shipped: Rows | None = None) -> list[Line]:
         for point in rows:
             lines += _of_point(keys, point)
     for table in printed_tables(records, shipped):
-        done = {(entry.row, column) for entry in table.entries for column in entry.runs}
+        done = {(entry.row, place) for entry in table.entries for place in entry.runs}
+        wanted = set(table.places)
         for row, printed in table.rows.items():
             for column, figures in printed.items():
-                if (row, column) not in done:
+                if column in wanted and (row, column) not in done:
                     lines += [
                         _missing(table.level, table.folder, row, column, name, value) for name, value in figures.items()
                     ]

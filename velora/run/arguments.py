@@ -17,7 +17,8 @@ def training_arguments(config: Config, folder: Path, eval_every: int | float | s
     """Raises ConfigError for what this machine cannot do."""
     trainer = config.trainer
     on_cpu = training_device(config).type == "cpu"
-    arguments = TrainingArguments(
+    kind = TrainingArguments if trainer.sharding == "none" else _ForSharded
+    arguments = kind(
         output_dir=str(folder),
         num_train_epochs=trainer.num_epochs or 1.0,
         max_steps=trainer.max_steps or -1,
@@ -50,6 +51,14 @@ def training_arguments(config: Config, folder: Path, eval_every: int | float | s
     )
     use_one_device(arguments)
     return arguments
+
+
+class _ForSharded(TrainingArguments):
+    """For a network whose parts are on their devices already."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
 
 
 def use_one_device(arguments: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from velora.config.processes import num_processes
 from velora.config.run import Config
 from velora.errors import ConfigError
 
@@ -30,5 +31,7 @@ def training_device(config: Config) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """For the record."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    """For the record, whose bytes are those of one process."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    processes = num_processes()
+    return name if processes == 1 else f"{name}, one of {processes} processes"

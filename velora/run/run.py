@@ -60,13 +60,13 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
     measured = Measured()
     try:
         with terminate_as_interrupt():
-            preprocessor = config.model.preprocessor(config)
-            data = config.task.load(preprocessor, config)
-            measured.data = data.about
-            run.start()  # gives up an earlier run that is to be replaced: not before the data are there
-            if run.writes:
-                run.tracker.start(config, run.folder)
-            _execute(config, run, measured, data, preprocessor)
+            if config.has_only_shapes:
+                from velora.run.shapes import measure_shapes
+
+                run.start()
+                measure_shapes(config, measured)
+            else:
+                _load_and_execute(config, run, measured)
     except ConfigError as error:
         _fail(run, measured, "failed", str(error))
         raise
@@ -98,6 +98,16 @@ def _guarded(config: Config, run: Run) -> dict[str, Any]:
     if run.writes:
         _print_summary(record, run)
     return record
+
+
+def _load_and_execute(config: Config, run: Run, measured: Measured) -> None:
+    preprocessor = config.model.preprocessor(config)
+    data = config.task.load(preprocessor, config)
+    measured.data = data.about
+    run.start()  # gives up an earlier run that is to be replaced: not before the data are there
+    if run.writes:
+        run.tracker.start(config, run.folder)
+    _execute(config, run, measured, data, preprocessor)
 
 
 def _execute(config: Config, run: Run, measured: Measured, data: TaskData, preprocessor: Any) -> None:
@@ -134,6 +144,7 @@ def _train_phase(
     """Train one phase from the start (or from its checkpoint); returns the epoch of its best score."""
     from velora.models.build import build_network, parameter_counts
     from velora.run.benchmark import judge
+    from velora.run.sharding import gather
     from velora.run.train import Outcome, train_phase
 
     network, changes = build_network(config, config.task.head(config), preprocessor)
@@ -152,6 +163,8 @@ def _train_phase(
     if final:
         measured.metrics.update(scores)
         measured.metrics.update(judge(config, run, data, outcome.network, outcome.step))
+        if config.trainer.save_model and config.trainer.sharding != "none" and outcome.network is not None:
+            gather(outcome.network, keep=run.writes)
         if config.trainer.save_model and run.writes:
             config.adapter.save(outcome.network, run.folder / "model")
             if hasattr(preprocessor, "save_pretrained"):

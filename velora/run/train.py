@@ -38,6 +38,7 @@ from velora.run.figures import Figures
 from velora.run.notes import note
 from velora.run.order import TrainingData
 from velora.run.record import Run
+from velora.run.sharding import Sharded, gathered_outside_blocks, shard
 from velora.run.signals import StopRequest
 
 MAX_SKIPPED_STEPS = 50  # in a row: the gradient scaler halves its factor at each, and starts at 2^16
@@ -67,10 +68,13 @@ def train_phase(
             f"trainer.eval_every={config.trainer.eval_every} is not used with this protocol: its scores must not choose an epoch, "
             "so they are taken once, at the end"
         )
+    if config.trainer.sharding == "fsdp":
+        shard(network, arguments.device)
     figures = Figures(arguments.device, data.unit)
     seal = partial(run.seal, phase=phase_folder)
     outcome.figures, outcome.device = figures, device_name(arguments.device)
-    trainer = PhaseTrainer(config, data, phase, figures, seal, model=network, args=arguments)
+    trainer_class = PhaseTrainer if config.trainer.sharding == "none" else ShardedTrainer
+    trainer = trainer_class(config, data, phase, figures, seal, model=network, args=arguments)
     stop, bar = StopRequest(), _Bar()
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Watch(config, run, phase, trainer, stop, stop_after_epoch))
@@ -115,13 +119,14 @@ def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: 
     network.train()
     loss = training_loss(network, batch, config)
     with (
+        gathered_outside_blocks(network),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         autocast_as(autocast_dtype(config), device),
     ):
         config.activations.calibrate(network, batch)
     if not config.trainer.measure_memory:
         return
-    with without_a_trace(network), torch.enable_grad():
+    with gathered_outside_blocks(network), without_a_trace(network), torch.enable_grad():
         ledger = take_ledger(network, loss)
     config.activations.forget(network)
     figures.note_forward(network, ledger.total_bytes)
@@ -239,6 +244,10 @@ class PhaseTrainer(Trainer):
 
     def _scores(self, prediction: EvalPrediction) -> dict[str, float]:
         return dict(self.data.metrics(prediction.predictions, prediction.label_ids))
+
+
+class ShardedTrainer(Sharded, PhaseTrainer):
+    """PhaseTrainer for a network that `shard` has sharded."""
 
 
 class _NothingLeft(Exception):

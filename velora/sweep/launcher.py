@@ -153,12 +153,20 @@ class Sweeps:
 
 def name_of(arguments: Sequence[str]) -> str:
     """The name of a sweep by what it runs: the same for the same overrides in any order, whatever its other settings are."""
-    overrides = sorted(a for a in arguments if "=" in a and not a.startswith("-"))
-    about = [o for o in overrides if not is_sweep_key(o.partition("=")[0].lstrip("+~")) and not _OF_THE_SWEEP.match(o)]
-    digest = hashlib.sha256("\n".join(about).encode()).hexdigest()[:8]
+    about = _what_is_run(arguments)
     swept = [o for o in about if "," in o or "(" in o] or about
     words = re.sub(r"[^\w.=+,-]+", "_", "-".join(swept)).strip("_.-")[:60]
-    return f"{words}-{digest}" if words else digest
+    return f"{words}-{digest(arguments)}" if words else digest(arguments)
+
+
+def digest(arguments: Sequence[str]) -> str:
+    """Eight letters that are the same for the same runs."""
+    return hashlib.sha256("\n".join(_what_is_run(arguments)).encode()).hexdigest()[:8]
+
+
+def _what_is_run(arguments: Sequence[str]) -> list[str]:
+    overrides = sorted(a for a in arguments if "=" in a and not a.startswith("-"))
+    return [o for o in overrides if not is_sweep_key(o.partition("=")[0].lstrip("+~")) and not _OF_THE_SWEEP.match(o)]
 
 
 def _listing(problems: list[tuple[str, str]], total: int) -> str:

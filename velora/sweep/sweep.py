@@ -124,7 +124,7 @@ class Sweep:
             waiting = [] if self.is_stopping() else [e for e in batch if e.status == "waiting"]
             free = [slot for slot in range(len(slots)) if slot not in running][: max(0, len(slots) - len(running))]
             for entry, slot in zip(waiting, free, strict=False):
-                running[slot] = (entry, self._start(entry, slots[slot]))
+                running[slot] = (entry, self._start(entry, slots[slot], len(slots)))
             if not running:
                 return
             told = self._pass_on(told, [worker for _, worker in running.values()], line)
@@ -140,12 +140,12 @@ class Sweep:
         count = self.settings.jobs or max(1, len(gpus))
         return [gpus[i % len(gpus)] if gpus else None for i in range(count)]
 
-    def _start(self, entry: Entry, gpu: str | None) -> Worker:
+    def _start(self, entry: Entry, gpu: str | None, at_once: int) -> Worker:
         log = self._state.folder / f"{self._state.jobs.index(entry)}.log"
         command = [*entry.overrides, *self._hydra_overrides]
         entry.started, entry.attempts, entry.log = time.time(), entry.attempts + 1, str(log)
         entry.device = None if gpu is None else f"GPU {gpu}"
-        worker: Worker = self._cluster.start(command, log) if self._cluster else Local(command, log, gpu)
+        worker: Worker = self._cluster.start(command, log) if self._cluster else Local(command, log, gpu, at_once)
         entry.process = worker.process
         _set(entry, "running", "")
         self._state.save()

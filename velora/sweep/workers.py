@@ -44,8 +44,10 @@ def command_of(overrides: list[str]) -> list[str]:
 class Local:
     """A child process; what it prints goes into `log`."""
 
-    def __init__(self, overrides: list[str], log: Path, gpu: str | None) -> None:
+    def __init__(self, overrides: list[str], log: Path, gpu: str | None, at_once: int = 1) -> None:
         environment = {**os.environ, PARENT: str(os.getpid())}
+        if at_once > 1:  # as many threads each as there are cores would get into each other's way
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_once)))
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("wb") as out:
