@@ -102,12 +102,12 @@ def test_what_timm_does_not_take_is_one_sentence():
 @pytest.mark.parametrize(
     ("name", "architecture", "roles"),
     [
-        ("resnet18", "resnet", {"value", "down"}),
-        ("resnet50", "resnet_bottleneck", {"value", "up", "down"}),
-        ("resnet26d", "resnet_bottleneck", {"value", "up", "down"}),
-        ("resnext50_32x4d", "resnet_bottleneck", {"value", "up", "down"}),
-        ("convnext_tiny", "convnext", {"value+up", "down"}),
-        ("convnextv2_atto", "convnext", {"value+up", "down"}),
+        ("resnet18", "resnet", {"value+up", "output+down"}),
+        ("resnet50", "resnet_bottleneck", {"value", "up", "output+down"}),
+        ("resnet26d", "resnet_bottleneck", {"value", "up", "output+down"}),
+        ("resnext50_32x4d", "resnet_bottleneck", {"value", "up", "output+down"}),
+        ("convnext_tiny", "convnext", {"value+up", "output+down"}),
+        ("convnextv2_atto", "convnext", {"value+up", "output+down"}),
     ],
 )
 def test_roles(name, architecture, roles):
