@@ -1,6 +1,7 @@
 """VeLoRA written as loops in float64, one equation a line; and an independent count of what autograd keeps.
 
-N tokens, D in-features, M out-features, G groups, S sub-token size; x (N, D), dy (N, M) or (N, D), v (S), D = G S
+N tokens, D in-features, M out-features, G groups, S sub-token size; x (N, D), dy (N, M) or (N, D), v (S), D = G S;
+of a convolution x (N, C, pixels), weight (O, C / groups, kernel)
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 Array = NDArray[np.float64]
 
@@ -78,6 +79,33 @@ def scale_shift_gradients(x: Array, gamma: Array, dy: Array, v: Array, scale: fl
             dgamma[d] += scale * dy[n, d] * x_hat[n, d]
             dbeta[d] += dy[n, d]
     return dx, dgamma, dbeta
+
+
+def padded(conv: nn.Module, x: Array) -> Array:
+    """x (N, C, pixels) as a convolution pads it, by NumPy."""
+    sides = []
+    for i, (k, d) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):
+        total = d * (k - 1) if conv.padding == "same" else 0
+        sides.append((total // 2, total - total // 2) if isinstance(conv.padding, str) else (conv.padding[i],) * 2)
+    mode = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}[conv.padding_mode]
+    return np.pad(x, [(0, 0), (0, 0), *sides], mode=mode)
+
+
+def conv_weight_gradient(conv: nn.Module, x: Tensor, dy: Tensor, v: Array, scale: float) -> Array:
+    """dW of a convolution with x̂ in place of x, pixel by pixel: x̂ is made of the padded input, channel by channel."""
+    images, gradient = padded(conv, x.double().numpy()), dy.detach().double().numpy()
+    pixels = np.moveaxis(images, 1, -1)  # (N, padded pixels, C)
+    flat = pixels.reshape(-1, pixels.shape[-1])
+    x_hat = np.moveaxis(reconstruct(compress(flat, v), v).reshape(pixels.shape), -1, 1)
+    dw = np.zeros(tuple(conv.weight.shape))
+    out_per_group, in_per_group = dw.shape[0] // conv.groups, dw.shape[1]
+    for o, c, *k in np.ndindex(*dw.shape):
+        channel = o // out_per_group * in_per_group + c
+        for p in np.ndindex(*gradient.shape[2:]):
+            place = tuple(at * s + i * d for at, s, i, d in zip(p, conv.stride, k, conv.dilation, strict=True))
+            for n in range(len(gradient)):
+                dw[(o, c, *k)] += scale * gradient[(n, o, *p)] * x_hat[(n, channel, *place)]
+    return dw
 
 
 def saved_bytes(forward: Callable[[], Tensor], apart_from: Iterable[Tensor] = ()) -> int:

@@ -250,7 +250,7 @@ def test_twice_patched_and_quantised_layers_are_refused():
         apply_velora(model, ["0", "2", "4"], sub_token_size=4)
     assert "0: it is a VeLoRA layer already; call remove_velora" in str(refused.value)
     assert "2: its forward was replaced" in str(refused.value)
-    assert "4: Linear4bit has no VeLoRA twin (exactly Linear, ScaleShift have one)" in str(refused.value)
+    assert "4: Linear4bit has no VeLoRA twin (exactly Conv1D of transformers, Conv1d, " in str(refused.value)
 
 
 def test_frozen_layers_warn_and_all_frozen_is_refused():

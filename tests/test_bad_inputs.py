@@ -139,6 +139,18 @@ VALUES = {
     "empty folder": Bad("runs_dir=", ("runs_dir= is empty",)),
     "path that is too long": Bad(f"data.root={'a' * 400}", ("data.root=aaa", "is not a folder")),
     "model path that is too long": Bad(f"model.path={'a' * 400}", ("model.path=aaa", "cannot be read")),
+    "convnet's weights": Bad(
+        "task=digits model=resnet_tiny model.path=x.npz",
+        ("model.path=x.npz is no file with weights", "give a .safetensors file"),
+        files={"x.npz": b"x"},
+    ),
+    "convnet's published weights": Bad(
+        "task=digits model=resnet_tiny model.pretrained=true",
+        ("model.pretrained=true with model.overrides=", "set model.pretrained=false"),
+    ),
+    "a convnet reads no text": Bad(
+        "model=resnet_tiny task=manual", ("task=manual needs a model for causal_lm", "resnet_tiny")
+    ),
     "patch size": Bad("task=digits method=full model.overrides={patch_size:x}", ("model.overrides.patch_size=x",)),
     "moment out of range": Bad("optimizer.betas=[0.9,1.5]", ("optimizer.betas.1=1.5", "less than 1")),
     "one moment": Bad("optimizer.betas=[0.9]", ("optimizer.betas.1 is missing",)),

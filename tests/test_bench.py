@@ -32,6 +32,19 @@ def test_record(tmp_path, capsys):
     assert "/ nn.Linear" in printed
 
 
+def test_convolutions(tmp_path, capsys):
+    file = tmp_path / "conv.json"
+    assert cli.main(["--conv", "2,16,6,8,4", "--repeats", "2", "--json", str(file)]) == 0
+    record = json.loads(file.read_text())
+    assert record["results"] == []
+    (row,) = record["convolutions"]
+    assert row["shape"] == {"N": 2, "C": 16, "P": 6, "M": 8, "G": 4}
+    medians = row["median_milliseconds"]
+    assert row["velora_conv_relative_to"] == {"nn.Conv2d": medians["VeloraConv2d"] / medians["nn.Conv2d"]}
+    assert row["saved_bytes"] == {"nn.Conv2d": 2 * 16 * 36 * 4, "VeloraConv2d": 2 * 4 * 36 * 4}
+    assert "2, 16, 6, 8, 4" in capsys.readouterr().out
+
+
 def test_candidates_run_in_turn():
     import torch
 
@@ -61,6 +74,8 @@ def test_what_follows_a_step_is_not_timed(monkeypatch):
     [
         (["--shape", "1,2,3"], "must be four integers"),
         (["--shape", "4,8,4,3"], "G=3 must divide D=8"),
+        (["--conv", "1,2,3,4"], "must be five integers"),
+        (["--conv", "2,8,6,4,3"], "G=3 must divide C=8"),
         (["--repeats", "0"], "must be a positive integer"),
         (["--dtype", "int8"], "invalid choice"),
         (["sideways"], "invalid choice"),

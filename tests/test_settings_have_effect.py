@@ -42,6 +42,13 @@ SMALL = (
 )  # fmt: skip
 TINY_VIT = ("task=digits", "method=full", "model.overrides={patch_size:8,embed_dim:32,depth:2,num_heads:2}")
 
+TINY_RESNET = (
+    "task=digits",
+    "method=full",
+    "model=resnet_tiny",
+    "model.overrides={layers:[1,1,1,1],channels:[16,32,32,32]}",
+)
+
 
 @dataclass(frozen=True)
 class Network:
@@ -241,6 +248,17 @@ PARTS: dict[str, dict[str, Any]] = {
         "normalization": Network("imagenet", vision=True),
         "overrides": Network({"patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}, vision=True),
     },
+    "model=convnet": {
+        "name": Label(),
+        "path": Read("models/vit.py"),  # test_convnet
+        "pretrained": Read("config/parts.py"),  # test_convnet
+        "roles": Network({"value": ["layer1.0.conv2"], "down": ["layer2.0.conv2"]}, VELORA, vision=True),
+        "timm_name": Network("resnet26.bt_in1k", vision=True),
+        "image_size": Network(64, vision=True),
+        "drop_path": Network(0.9, vision=True),
+        "normalization": Network("none", vision=True),
+        "overrides": Network({"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32]}, vision=True),
+    },
     "task=manual": {"name": Label(), "max_length": Shapes(32), "published_eval_batch_size": Read("data/language_model.py")},
     "task=topics": {
         "name": Label(),
@@ -374,7 +392,8 @@ def test_it_changes_the_network_or_its_training(key: str) -> None:
     effect = EFFECTS[key]
     if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "qlora" in effect.base:
         pytest.importorskip("bitsandbytes", minversion="0.50")
-    overrides = TINY_VIT if effect.vision else ("method=full", *SMALL)
+    vision = TINY_RESNET if key.startswith("model=convnet") else TINY_VIT
+    overrides = vision if effect.vision else ("method=full", *SMALL)
     if "method=" in effect.base:
         overrides = tuple(override for override in overrides if override != "method=full")
     one, other = both(key, effect, *overrides)

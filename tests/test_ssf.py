@@ -154,7 +154,7 @@ def test_targets():
 
 
 def test_what_can_have_a_scale_and_shift():
-    assert not can_have_ssf(nn.Conv2d(3, 5, kernel_size=3))
+    assert can_have_ssf(nn.Conv2d(3, 5, kernel_size=3))
     assert not can_have_ssf(nn.Embedding(3, 5))
     assert not can_have_ssf(nn.LayerNorm(3, elementwise_affine=False))
     assert not can_have_ssf(ScaleShift(3))

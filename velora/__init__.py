@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from velora.config.compose import compose
     from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter
     from velora.nn.apply import apply_velora, calibrate, remove_velora, update_directions
+    from velora.nn.conv import VeloraConv1d, VeloraConv2d, VeloraConv3d
     from velora.nn.lean import apply_lean, remove_lean
     from velora.nn.linear import VeloraLinear
     from velora.nn.linear_loss import linear_cross_entropy
@@ -28,6 +29,9 @@ _HOME = {
     "apply_lean": "velora.nn.lean",
     "remove_lean": "velora.nn.lean",
     "linear_cross_entropy": "velora.nn.linear_loss",
+    "VeloraConv1d": "velora.nn.conv",
+    "VeloraConv2d": "velora.nn.conv",
+    "VeloraConv3d": "velora.nn.conv",
     "VeloraLinear": "velora.nn.linear",
     "VeloraScaleShift": "velora.nn.scale_shift",
     "load_adapter": "velora.nn.adapter_state",
@@ -36,6 +40,9 @@ _HOME = {
 }
 
 __all__ = [
+    "VeloraConv1d",
+    "VeloraConv2d",
+    "VeloraConv3d",
     "VeloraLinear",
     "VeloraScaleShift",
     "__version__",

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from velora.bench.convolution import CONVOLUTIONS
 from velora.bench.operator import SHAPES
 from velora.bench.step import DEFAULT_MODELS, POINTS, SETTINGS
 from velora.cli import Parser, report
@@ -28,7 +29,8 @@ from velora.errors import ConfigError, RunError
 GPU_PARTS = ("tests", "operator", "step", "table7", "estimate")
 MODES = ("operator", "step", "figure2", "gpu")
 OPTIONS = {
-    "shape": ("operator",), "model": ("step",), "points": ("step",), "picture": ("step", "figure2"), "optimizer": ("step",),
+    "shape": ("operator",), "conv": ("operator",),
+    "model": ("step",), "points": ("step",), "picture": ("step", "figure2"), "optimizer": ("step",),
     "json": ("operator", "step", "figure2"), "repeats": ("operator", "step"), "dtype": ("operator", "step"),
     "out": ("gpu",), "parts": ("gpu",), "minutes": ("gpu",), "tiny": ("gpu",), "overrides": ("step", "figure2"),
     "groups": ("figure2",), "steps": ("figure2",),
@@ -66,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--shape", type=_shape, action="append", metavar="N,D,M,G", help=f"repeatable; default:\n{shapes}"
     )
+    sizes = "\n".join(f"  {','.join(map(str, size))}  {what}" for size, what in CONVOLUTIONS.items())
+    group.add_argument(
+        "--conv", type=_convolution, action="append", metavar="N,C,P,M,G",
+        help=f"a 3 x 3 convolution of N images of P x P pixels; repeatable; default, without --shape:\n{sizes}",
+    )  # fmt: skip
     group = parser.add_argument_group("step")
     group.add_argument(
         "--model", type=_among(SETTINGS), metavar="A,B", help=f"default: {','.join(DEFAULT_MODELS)};\nalso llama_tiny"
@@ -98,6 +105,16 @@ def _shape(text: str) -> tuple[int, int, int, int]:
     if min(n, d, m, g) < 1 or d % g:
         raise argparse.ArgumentTypeError(f"{text!r}: N, D, M, G must be positive and G={g} must divide D={d}")
     return n, d, m, g
+
+
+def _convolution(text: str) -> tuple[int, int, int, int, int]:
+    try:
+        n, c, p, m, g = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be five integers N,C,P,M,G") from None
+    if min(n, c, p, m, g) < 1 or c % g:
+        raise argparse.ArgumentTypeError(f"{text!r}: N, C, P, M, G must be positive and G={g} must divide C={c}")
+    return n, c, p, m, g
 
 
 def _positive(text: str) -> int:
@@ -152,8 +169,10 @@ def _operator(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None:
         _take_file("--json", Path(arguments.json))  # before the minutes of measuring
+    chosen = arguments.shape or arguments.conv
     record = operator(
-        arguments.shape or list(SHAPES), device_name=arguments.device or "cpu", dtype_name=arguments.dtype or "float32",
+        arguments.shape or [] if chosen else list(SHAPES), arguments.conv or [] if chosen else list(CONVOLUTIONS),
+        device_name=arguments.device or "cpu", dtype_name=arguments.dtype or "float32",
         repeats=arguments.repeats or 20, threads=arguments.threads,
     )  # fmt: skip
     if arguments.json is not None:

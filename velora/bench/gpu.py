@@ -133,12 +133,14 @@ def _tests(job: Job) -> list[dict[str, Any]]:
 
 
 def _operator(job: Job) -> list[dict[str, Any]]:
+    from velora.bench.convolution import CONVOLUTIONS
     from velora.bench.operator import SHAPES, operator
 
     shapes = [(16, 12, 8, 3)] if job.tiny else list(SHAPES)
+    sizes = [(2, 16, 6, 8, 4)] if job.tiny else list(CONVOLUTIONS)
     if not job.has_time_for("operator"):
         return []
-    return [operator(shapes, device_name=str(job.device), dtype_name=DTYPE, repeats=20, threads=None)]
+    return [operator(shapes, sizes, device_name=str(job.device), dtype_name=DTYPE, repeats=20, threads=None)]
 
 
 def _step(job: Job) -> list[dict[str, Any]]:

@@ -28,9 +28,15 @@ SHAPES: dict[Shape, str] = {
 
 
 def operator(
-    shapes: Sequence[Shape], *, device_name: str, dtype_name: str, repeats: int, threads: int | None
+    shapes: Sequence[Shape],
+    convolutions: Sequence[tuple[int, int, int, int, int]] = (),
+    *,
+    device_name: str,
+    dtype_name: str,
+    repeats: int,
+    threads: int | None,
 ) -> dict[str, Any]:
-    """Time every candidate at every shape, print a table, and return the record.
+    """Time every candidate at every shape, of linear layers and of `convolutions`, print a table, and return the record.
 
     Times are milliseconds of one forward and backward; `weight_gradient_difference` is the largest deviation of
     VeloraLinear's weight gradient from PEFT's, relative to the largest entry.
@@ -47,8 +53,13 @@ def operator(
         candidates, difference = layer_candidates(shape, device, dtype)
         rows.append({"shape": dict(zip("NDMG", shape, strict=True)), **timed(candidates, repeats, device)})
         rows[-1]["weight_gradient_difference"] = difference
-        _print_row(rows[-1], first=len(rows) == 1)
-    return {"mode": "operator", "machine": about, "dtype": dtype_name, "repeats": repeats, "results": rows}
+        print_row(rows[-1], "N, D, M, G", first=len(rows) == 1)
+    record = {"mode": "operator", "machine": about, "dtype": dtype_name, "repeats": repeats, "results": rows}
+    if convolutions:
+        from velora.bench.convolution import convolutions as measure
+
+        record["convolutions"] = measure(convolutions, device, dtype, repeats)
+    return record
 
 
 def layer_candidates(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Step], float | None]:
@@ -119,21 +130,24 @@ def _rebuilding(weight: torch.Tensor, direction: torch.Tensor) -> Callable[[torc
     return lambda x: Rebuilding.apply(x, weight)
 
 
-def timed(candidates: dict[str, Step], repeats: int, device: torch.device) -> dict[str, Any]:
-    """Median and quartiles in milliseconds of each candidate, run in turn, and VeloraLinear's ratios to the others."""
+def timed(
+    candidates: dict[str, Step], repeats: int, device: torch.device, ours: str = "VeloraLinear"
+) -> dict[str, Any]:
+    """Median and quartiles in milliseconds of each candidate, run in turn, and the ratios of ours to the others."""
     times = {name: [1e3 * value for value in values] for name, values in in_turn(candidates, repeats, device).items()}
     medians = {name: median(values) for name, values in times.items()}
-    mine = medians["VeloraLinear"]
+    relative = {"VeloraLinear": "velora_linear_relative_to", "VeloraConv2d": "velora_conv_relative_to"}[ours]
     return {
         "median_milliseconds": medians,
         "quartiles_milliseconds": {name: quartiles(values) for name, values in times.items()},
-        "velora_linear_relative_to": {name: mine / value for name, value in medians.items() if name != "VeloraLinear"},
+        relative: {name: medians[ours] / value for name, value in medians.items() if name != ours},
     }
 
 
-def _print_row(row: dict[str, Any], first: bool) -> None:
-    medians, ratios = row["median_milliseconds"], row["velora_linear_relative_to"]
-    heads = ["N, D, M, G", *medians, *(f"/ {name}" for name in ratios)]
+def print_row(row: dict[str, Any], letters: str, first: bool) -> None:
+    medians = row["median_milliseconds"]
+    ratios = next(value for key, value in row.items() if key.endswith("_relative_to"))
+    heads = [letters, *medians, *(f"/ {name}" for name in ratios)]
     cells = [", ".join(str(size) for size in row["shape"].values())]
     cells += [f"{value:.2f}" for value in medians.values()] + [f"{value:.2f}" for value in ratios.values()]
     widths = [22, *(max(len(head), 10) for head in heads[1:])]

@@ -199,7 +199,7 @@ class SSFAdapter(InsertedAdapter):
     """Scaling and shifting the features of a frozen network (arXiv 2210.08823).
 
     `targets`: roles or patterns; null for all places of the published code, which in any family are every linear
-    layer, every norm and the patch embedding, but not the head.
+    layer, every norm and the patch embedding (in general: every convolution), but not the head.
     """
 
     kind: Literal["ssf"]
@@ -208,11 +208,11 @@ class SSFAdapter(InsertedAdapter):
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from velora.nn.head import head_names, train_in_float32
         from velora.nn.ssf import SSF, can_have_ssf
-        from velora.nn.swap import replace_modules
+        from velora.nn.swap import bare_layers, replace_modules
 
         model.requires_grad_(False)
         trained_whole = self.also_trained(model)
-        excluded = tuple({*head_names(model), *trained_whole})
+        excluded = tuple({*head_names(model), *trained_whole, *bare_layers(model)})
 
         def at_target(name: str, module: nn.Module) -> nn.Module:
             if can_have_ssf(module):

@@ -245,37 +245,29 @@ class SmolLM2(PackagedModel):
         return gguf_tokenizer(self.folder(), SMOLLM2_FILE)
 
 
-class ViT(Model):
-    """A vision transformer that timm knows by name.
+class TimmModel(Model):
+    """A network for images that timm knows by name.
 
     `timm_name`: architecture and, after the dot, the published weights. `overrides`: arguments of timm's class that change the
-    architecture (embed_dim, depth, num_heads, patch_size). `path`: weights from a local file instead, .safetensors
-    (timm's names, or a network saved by this program, or a folder with model.safetensors) or the original .npz.
-    `normalization`: "timm" is what the weights were trained with; "imagenet" what several VTAB-1k repositories
-    feed all the same; "none" leaves the pixels in 0..1. `split_qkv`: query, key and value as three layers in place of timm's
-    one, with the same result up to rounding and the same saved weights; see velora/nn/split_qkv.py.
+    architecture. `path`: weights from a local file instead, .safetensors (timm's names, or a network saved by this program, or a
+    folder with model.safetensors). `normalization`: "timm" is what the weights were trained with; "imagenet" what several VTAB-1k
+    repositories feed all the same; "none" leaves the pixels in 0..1.
     """
 
-    kind: Literal["vit"]
+    files: ClassVar[tuple[str, ...]] = (".safetensors",)
     timm_name: str
     image_size: PositiveInt
     drop_path: float = Field(ge=0, lt=1)
     normalization: Literal["timm", "imagenet", "none"]
-    split_qkv: bool
     overrides: dict[str, Any]
 
     def modalities(self) -> tuple[Modality, ...]:
         return ("image_classification",)
 
     def problems(self, config: Config) -> Iterator[str]:
-        patch = self.overrides.get("patch_size") or next(iter(re.findall(r"patch(\d+)", self.timm_name)), None)
-        if patch is not None and not str(patch).isdecimal():
-            yield f"model.overrides.patch_size={patch} is not valid: it must be an integer"
-        elif patch is not None and self.image_size % int(patch):
-            yield f"model.image_size={self.image_size} is no multiple of the patch size {patch} of model={self.name}"
         if self.path is not None and self.weights_file() is None:
             yield (
-                f"model.path={self.path} is no file with weights: give a .safetensors or .npz file, or a folder with "
+                f"model.path={self.path} is no file with weights: give a {' or '.join(self.files)} file, or a folder with "
                 "model.safetensors"
             )
         if self.path is not None and self.pretrained is False:
@@ -293,14 +285,45 @@ class ViT(Model):
         path = os.path.expanduser(self.path or "")
         if os.path.isdir(path):  # those of pathlib raise for a name that is too long
             path = os.path.join(path, "model.safetensors")
-        return Path(path) if os.path.isfile(path) and path.endswith(WEIGHT_FILES) else None
+        return Path(path) if os.path.isfile(path) and path.endswith(self.files) else None
 
     def preprocessor(self, config: Config) -> Any:
         from velora.models.vit import image_transform
 
         return image_transform(self)
 
+
+class ViT(TimmModel):
+    """A vision transformer. `path` may be the original .npz too; `overrides`: embed_dim, depth, num_heads, patch_size ...
+
+    `split_qkv`: query, key and value as three layers in place of timm's one, with the same result up to rounding and the same
+    saved weights; see velora/nn/split_qkv.py.
+    """
+
+    kind: Literal["vit"]
+    files: ClassVar[tuple[str, ...]] = WEIGHT_FILES
+    split_qkv: bool
+
+    def problems(self, config: Config) -> Iterator[str]:
+        patch = self.overrides.get("patch_size") or next(iter(re.findall(r"patch(\d+)", self.timm_name)), None)
+        if patch is not None and not str(patch).isdecimal():
+            yield f"model.overrides.patch_size={patch} is not valid: it must be an integer"
+        elif patch is not None and self.image_size % int(patch):
+            yield f"model.image_size={self.image_size} is no multiple of the patch size {patch} of model={self.name}"
+        yield from super().problems(config)
+
     def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
         from velora.models.vit import build
+
+        return build(self, head, config.seed)
+
+
+class ConvNet(TimmModel):
+    """A convolutional network, for images of any size: timm's ResNets and ConvNeXts. `overrides`: layers, channels, dims ..."""
+
+    kind: Literal["convnet"]
+
+    def build(self, head: Head, preprocessor: Any, config: Config) -> nn.Module:
+        from velora.models.convnet import build
 
         return build(self, head, config.seed)

@@ -70,6 +70,30 @@ ARCHITECTURES: dict[str, dict[str, tuple[str, ...]]] = {
         "value": ("attention.query_key_value",), "output": ("attention.dense",),
         "up": ("mlp.dense_h_to_4h",), "down": ("mlp.dense_4h_to_h",),
     },
+    # Without attention: a block's first layer is value and up, its last one output and down, as where one fused layer has several
+    # roles. A bottleneck's up is its 3 x 3 convolution. Stems and shortcuts have no role.
+    "resnet_bottleneck": {
+        "value": ("layer[0-9]*.[0-9]*.conv1",), "output": ("layer[0-9]*.[0-9]*.conv3",),
+        "up": ("layer[0-9]*.[0-9]*.conv2",), "down": ("layer[0-9]*.[0-9]*.conv3",),
+    },
+    "resnet": {
+        "value": ("layer[0-9]*.[0-9]*.conv1",), "output": ("layer[0-9]*.[0-9]*.conv2",),
+        "up": ("layer[0-9]*.[0-9]*.conv1",), "down": ("layer[0-9]*.[0-9]*.conv2",),
+    },
+    "convnext": {  # timm's; conv_dw is depthwise, and has no channel sub-tokens
+        "value": ("stages.*.blocks.*.mlp.fc1",), "output": ("stages.*.blocks.*.mlp.fc2",),
+        "up": ("stages.*.blocks.*.mlp.fc1",), "down": ("stages.*.blocks.*.mlp.fc2",),
+    },
+    # In its attention form (arXiv 2405.21060) x is the value, B the key, C the query. in_proj makes x and the gate, x_proj makes B,
+    # C and the rank of the time step. conv1d is depthwise; of dt_proj only the weight is read, its forward never runs.
+    "mamba": {
+        "query": ("mixer.x_proj",), "key": ("mixer.x_proj",), "value": ("mixer.in_proj",), "output": ("mixer.out_proj",),
+        "gate": ("mixer.in_proj",), "up": ("mixer.in_proj",), "down": ("mixer.out_proj",),
+    },
+    "gpt2": {  # fused too; its layers are transformers' Conv1D
+        "query": ("attn.c_attn",), "key": ("attn.c_attn",), "value": ("attn.c_attn",), "output": ("attn.c_proj",),
+        "up": ("mlp.c_fc",), "down": ("mlp.c_proj",),
+    },
 }
 # fmt: on
 

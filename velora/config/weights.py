@@ -28,10 +28,14 @@ def torch_dtype(name: FloatName) -> torch.dtype:
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast all floating-point parameters in place; shared ones stay shared.
 
-    Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA).
+    Buffers stay, because some of them need their precision (the rotary frequencies of a LLaMA), and so do a batch norm's
+    parameters, which must have the type of its running mean.
     """
+    from velora.nn.blocks import BATCH_NORMS
+
+    norms = {id(p) for module in model.modules() if isinstance(module, BATCH_NORMS) for p in module.parameters()}
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and id(parameter) not in norms:
             parameter.data = parameter.data.to(dtype)
 
 
@@ -96,9 +100,10 @@ class NF4(Weights):
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from velora.nn.head import head_names
         from velora.nn.quantised import is_quantised, quantise_model
+        from velora.nn.swap import bare_layers
 
         cast_parameters(model, self.dense_dtype())
-        quantise_model(model, keep=head_names(model), **self.quantisation(config))
+        quantise_model(model, keep=[*head_names(model), *bare_layers(model)], **self.quantisation(config))
         if not any(is_quantised(module) for module in model.modules()):
             raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
         return model

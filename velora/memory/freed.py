@@ -18,7 +18,7 @@ from velora.errors import ConfigError
 from velora.memory.ledger import ACTIVATION, Entry, Ledger
 from velora.nn.apply import velora_layers
 from velora.nn.projection import split_width
-from velora.nn.swap import TWINS, expand_container, find_modules
+from velora.nn.swap import can_be_twin, expand_container, find_modules, width_of
 
 DEFAULT_SUB_TOKEN_SIZE = 16
 
@@ -48,7 +48,7 @@ def layers_by_role(model: nn.Module) -> dict[str, list[str]]:
     for role, patterns in roles_of(model).items():
         for name, module in find_modules(model, patterns).items():
             inner = expand_container(name, module)
-            paths = [path for path, layer in inner if type(layer) in TWINS and layer.weight.requires_grad]
+            paths = [path for path, layer in inner if can_be_twin(layer) and layer.weight.requires_grad]
             if paths:
                 found.setdefault(role, []).extend(paths)
     return found
@@ -94,7 +94,7 @@ def what_velora_would_free(ledger: Ledger, plain: nn.Module, configured: nn.Modu
 
 def _sub_token_size(config: Config, role: str, module: nn.Module) -> int:
     """S of a layer: the configuration's own where it has one for the role, else 16 where that divides the width."""
-    width = TWINS[type(module)].width_of(module)
+    width = width_of(module)
     given = {key: getattr(config.activations, key, None) for key in ("num_groups", "sub_token_size")}
     given = {key: value.get(role) if isinstance(value, dict) else value for key, value in given.items()}
     try:
@@ -146,7 +146,7 @@ def layers_that_free_nothing(model: nn.Module, ledger: Ledger) -> list[str]:
     alive after the forward was kept by somebody else. One sentence per role, naming who would have to join.
     """
     named = roles_by_module(model)
-    can_join = {path for path, module in model.named_modules() if type(module) in TWINS}
+    can_join = {path for path, module in model.named_modules() if can_be_twin(module)}
     by_role: dict[str, list[str]] = {}
     for path in velora_layers(model):
         by_role.setdefault(named.get(path, path), []).append(path)

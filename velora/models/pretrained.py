@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ def build(model: PretrainedModel, head: Head, tokenizer: Any, config: Config) ->
     """The network with a head for the task, on the CPU; sets its attribute `velora_head` to the modules that are new."""
     network_config = _network_config(model, head, tokenizer)
     _check_fit(network_config, head, tokenizer, config)
+    _refuse_fused_mamba(network_config, config)
     transformers.set_seed(config.seed)
     options = {**config.weights.load_options(), "attn_implementation": model.attention, "trust_remote_code": False}
     auto_class, source = AUTO_CLASSES[head.modality], model.source()
@@ -154,6 +156,15 @@ def _check_fit(network_config: Any, head: Head, tokenizer: Any, config: Config) 
     check_length(length, limits, config)
     if hasattr(tokenizer, "__len__"):
         check_vocabulary(tokenizer, limits, config, spare=SENTINELS if head.num_labels is None else 0)
+
+
+def _refuse_fused_mamba(network_config: Any, config: Config) -> None:
+    """Its kernel reads the weights of x_proj and out_proj itself: an adapter or VeLoRA on them would silently do nothing."""
+    if network_config.model_type == "mamba" and importlib.util.find_spec("mamba_ssm") is not None:
+        raise ConfigError(
+            f"model={config.model.name}: transformers would use the fused kernel of the package mamba_ssm, which passes the "
+            "layers by that methods change; uninstall mamba_ssm"
+        )
 
 
 def _explaining_attention(model: PretrainedModel, function: Callable[[], T]) -> T:

@@ -23,6 +23,7 @@ from transformers.utils import cached_file
 from velora.errors import ConfigError
 from velora.nn.head import head_names, is_within
 from velora.nn.quantised import quantise_linear
+from velora.nn.swap import bare_layers
 
 if TYPE_CHECKING:
     from velora.config.run import Config
@@ -81,7 +82,7 @@ def _tied(network: nn.Module) -> set[str]:
 
 def _fill(network: nn.Module, shards: list[Path], own: set[str], config: Config) -> None:
     weights: Any = config.weights
-    keep = head_names(network)
+    keep = [*head_names(network), *bare_layers(network)]
     buffers = dict(network.named_buffers())
     for shard in shards:
         with safe_open(shard, "pt") as file:

@@ -1,9 +1,11 @@
-"""Vision transformers of timm, with their preprocessing."""
+"""Vision transformers of timm, with their preprocessing; and what they share with timm's other networks (convnet.py)."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import timm
 from torch import Tensor, nn
 
-from velora.config.model import WEIGHT_FILES, ViT
+from velora.config.model import TimmModel, ViT
 from velora.config.parts import Head
 from velora.errors import ConfigError
 from velora.models import hub
@@ -23,7 +25,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def image_transform(model: ViT) -> ImageTransform:
+def image_transform(model: TimmModel) -> ImageTransform:
     """The preprocessing that belongs to the weights. Published weights are fetched here, before any image is read."""
     _check_name(model)
     published = timm.get_pretrained_cfg(model.timm_name)
@@ -40,41 +42,55 @@ def image_transform(model: ViT) -> ImageTransform:
 
 def build(model: ViT, head: Head, seed: int) -> nn.Module:
     """The network with a head for the task, on the CPU."""
-    from transformers import set_seed
-
-    _check_name(model)
-    set_seed(seed)
-    published = model.loads_weights and model.path is None
-    vit = _from_hub(model, lambda: _create(model, head, True)) if published else _create(model, head, False)
-    if model.loads_weights and not published:
-        _load_file(model, vit)
+    vit = timm_network(model, head, seed, "vit.", img_size=model.image_size)
     if model.split_qkv:
         split_qkv(vit)
     return ImageClassifier(vit)
 
 
-def _create(model: ViT, head: Head, pretrained: bool) -> nn.Module:
+def timm_network(model: TimmModel, head: Head, seed: int, prefix: str, **options: Any) -> nn.Module:
+    """timm's network with a head for the task and the weights that are asked for; `prefix`: what its names have in front of them
+    in a network saved by this program."""
+    from transformers import set_seed
+
+    _check_name(model)
+    set_seed(seed)
+    published = model.loads_weights and model.path is None
+    make = partial(_create, model, head, published, options)
+    network = _from_hub(model, make) if published else make()
+    if model.loads_weights and not published:
+        _load_file(model, network, prefix)
+    return network
+
+
+def _create(model: TimmModel, head: Head, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(
-            model.timm_name, pretrained=pretrained, num_classes=head.num_labels, img_size=model.image_size,
-            drop_path_rate=model.drop_path, **model.overrides,
+            model.timm_name, pretrained=pretrained, num_classes=head.num_labels, drop_path_rate=model.drop_path,
+            **options, **model.overrides,
         )  # fmt: skip
-    except TypeError as error:  # timm passes what it does not know on to a class that refuses it
-        reason = str(error).rpartition("__init__() ")[2]
+    except (
+        TypeError,
+        AssertionError,
+        IndexError,
+    ) as error:  # timm passes what it does not know on to a class that refuses it
+        reason = str(error).rpartition("__init__() ")[2] or "does not take them"
         raise ConfigError(f"model.overrides={model.overrides}: model.timm_name={model.timm_name} {reason}") from None
 
 
-def _from_hub(model: ViT, function: Callable[[], Any]) -> Any:
+def _from_hub(model: TimmModel, function: Callable[[], Any]) -> Any:
     what = f"the weights {model.timm_name} of model={model.name}"
-    return hub.load(what, "give model.path=FILE (.safetensors or .npz)", function)
+    return hub.load(what, f"give model.path=FILE ({' or '.join(model.files)})", function)
 
 
-def _check_name(model: ViT) -> None:
+def _check_name(model: TimmModel) -> None:
     if not timm.is_model(model.timm_name):
-        raise ConfigError(f"model.timm_name={model.timm_name} is not a network of timm; see timm.list_models('vit*')")
+        raise ConfigError(
+            f"model.timm_name={model.timm_name} is not a network of timm; see timm.list_models('{model.kind[:4]}*')"
+        )
 
 
-def _load_file(model: ViT, vit: nn.Module) -> None:
+def _load_file(model: TimmModel, network: nn.Module, prefix: str) -> None:
     """Copy the file's weights into the network; the head may be missing or of another size, nothing else."""
     file = model.weights_file()
     assert file is not None  # `problems` saw to it
@@ -86,10 +102,10 @@ def _load_file(model: ViT, vit: nn.Module) -> None:
     except Exception as error:  # of zipfile, zlib, NumPy and safetensors, which raise half a dozen types
         raise ConfigError(
             f"model.path={model.path} cannot be read as weights ({_first_line(error)}): "
-            f"give a whole {' or '.join(WEIGHT_FILES)} file"
+            f"give a whole {' or '.join(model.files)} file"
         ) from None
     try:
-        _copy_npz(file, state, vit) if npz else _copy_state(state, vit)
+        _copy_npz(file, state, network) if npz else _copy_state(state, network, prefix)
     except MemoryError:
         raise
     except Exception as error:  # timm's conversions find other names and shapes in as many ways
@@ -97,7 +113,7 @@ def _load_file(model: ViT, vit: nn.Module) -> None:
             f"model.path={model.path} is a checkpoint of another architecture ({_first_line(error)}); "
             "choose the model= that belongs to it"
         ) from None
-    for name, value in vit.state_dict().items():
+    for name, value in network.state_dict().items():
         if not value.isfinite().all():
             raise ConfigError(f"model.path={model.path} holds NaN or inf (in {name}): give an undamaged checkpoint")
 
@@ -136,14 +152,14 @@ def _copy_npz(file: Path, shapes: dict[str, tuple[int, ...]], vit: Any) -> None:
         )
 
 
-def _copy_state(state: dict[str, Tensor], vit: nn.Module) -> None:
-    """timm's names, or those of a network saved by this program; position embeddings are resampled to the image size."""
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    own = all(k.startswith("vit.") for k in state)
-    state = {k.removeprefix("vit."): v for k, v in state.items()} if own else state
-    state = checkpoint_filter_fn(state, vit)
-    expected = vit.state_dict()
+def _copy_state(state: dict[str, Tensor], network: Any, prefix: str) -> None:
+    """timm's names, or those of a network saved by this program; timm's own conversion of older names and other image sizes."""
+    own = all(k.startswith(prefix) for k in state)
+    state = {k.removeprefix(prefix): v for k, v in state.items()} if own else state
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    state = state if convert is None else convert(state, network)
+    expected = network.state_dict()
+    head = f"{network.default_cfg['classifier']}."
 
     def fits(name: str) -> bool:
         found, wanted = state.get(name), expected[name]
@@ -152,10 +168,10 @@ def _copy_state(state: dict[str, Tensor], vit: nn.Module) -> None:
             wanted.is_floating_point(),
         )
 
-    if not all(fits(name) for name in expected if name.startswith("head.")):  # another task's head, or none
-        state = {k: v for k, v in state.items() if not k.startswith("head.")}
-    wrong = sorted(k for k in expected if not k.startswith("head.") and not fits(k))
+    if not all(fits(name) for name in expected if name.startswith(head)):  # another task's head, or none
+        state = {k: v for k, v in state.items() if not k.startswith(head)}
+    wrong = sorted(k for k in expected if not k.startswith(head) and not fits(k))
     wrong += sorted(k for k in state if k not in expected)
     if wrong:
         raise ValueError(f"{len(wrong)} parameters are missing or do not fit, {wrong[0]} among them")
-    vit.load_state_dict(state, strict=False)
+    network.load_state_dict(state, strict=False)

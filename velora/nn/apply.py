@@ -24,9 +24,19 @@ from torch import Tensor, nn
 
 from velora.config.roles import ROLES, Roles, matches, role_of, roles_of
 from velora.errors import ConfigError
-from velora.nn.lean_layers import plain_class_of
 from velora.nn.projection import INITS, SubTokenStatistics, split_width
-from velora.nn.swap import TWINS, expand_container, find_modules, module_names, plain_name, raise_problems
+from velora.nn.swap import (
+    can_be_twin,
+    expand_container,
+    find_modules,
+    module_names,
+    plain_name,
+    raise_problems,
+    twin_of,
+    twin_problems,
+    variant_problems,
+    width_of,
+)
 from velora.nn.twin import VeloraTwin
 
 Size = int | Mapping[str, int] | None
@@ -114,7 +124,8 @@ def apply_velora(
     for layer in chosen:
         groups, size = sizes[layer.name]
         layer_seed = zlib.crc32(f"{seed}/{plain_name(layer.name)}".encode())
-        twin = TWINS[type(layer.module)]
+        twin = twin_of(type(layer.module))
+        assert twin is not None
         twin.convert_(layer.module, num_groups=groups, sub_token_size=size, scale=scale, init=init, seed=layer_seed)
     return VeloraSummary(tuple(VeloraLayer(x.name, x.role, math.prod(sizes[x.name]), *sizes[x.name]) for x in chosen))
 
@@ -133,7 +144,7 @@ def remove_velora(model: nn.Module) -> None:
     layers = velora_layers(model)
     problems = []
     for name, layer in layers.items():
-        if TWINS.get(layer.plain_class) is not type(layer):
+        if twin_of(layer.plain_class) is not type(layer):
             problems.append(f"{name}: {type(layer).__name__} is not a class of velora's; unwrap the model first")
         elif "forward" in vars(layer) and not layer.own_forwards():
             problems.append(f"{name}: its forward was replaced after apply_velora; undo that before remove_velora")
@@ -287,28 +298,10 @@ def _choose(model: nn.Module, entries: list[str], roles: Roles, problems: list[s
             problems.append(f"{name}: this {type(found[name]).__name__} holds no layer of an adapter")
         for inner_name, module in stands_for:
             chosen.setdefault(id(module), _Chosen(inner_name, module, by, role_of(name, roles)))
-        problems.extend(_variant_problems(name, found[name]))
+        problems.extend(variant_problems(name, found[name]))
     for layer in chosen.values():
-        problems.extend(_twin_problems(layer.name, layer.module))
-    return [layer for layer in chosen.values() if type(layer.module) in TWINS]
-
-
-def _variant_problems(name: str, module: nn.Module) -> Iterator[str]:
-    for adapter, variant in getattr(module, "lora_variant", {}).items():
-        what = getattr(variant, "__name__", type(variant).__name__)
-        yield f"{name}: the adapter {adapter!r} uses PEFT's {what}, which calls lora_A in another way; only plain LoRA has VeLoRA"
-
-
-def _twin_problems(name: str, module: nn.Module) -> Iterator[str]:
-    if isinstance(module, VeloraTwin):
-        yield f"{name}: it is a VeLoRA layer already; call remove_velora(model) first"
-    elif plain_class_of(module) in TWINS and plain_class_of(module) is not type(module):
-        yield f"{name}: it is a lean layer; call apply_velora before apply_lean, or remove_lean(model) first"
-    elif type(module) not in TWINS:
-        known = ", ".join(sorted(plain.__name__ for plain in TWINS))
-        yield f"{name}: {type(module).__name__} has no VeLoRA twin (exactly {known} have one)"
-    elif "forward" in module.__dict__:
-        yield f"{name}: its forward was replaced on the instance (an accelerate hook?), which a twin would not run"
+        problems.extend(twin_problems(layer.name, layer.module))
+    return [layer for layer in chosen.values() if can_be_twin(layer.module)]
 
 
 def _fitting_sizes(
@@ -329,7 +322,7 @@ def _fitting_sizes(
 
 def _sizes(layer: _Chosen, num_groups: Size, sub_token_size: Size) -> tuple[int, int]:
     """G and S of one layer. ConfigError where its entry is missing, ambiguous or does not split the width."""
-    width = TWINS[type(layer.module)].width_of(layer.module)
+    width = width_of(layer.module)
     key, size = ("num_groups", num_groups) if sub_token_size is None else ("sub_token_size", sub_token_size)
     if isinstance(size, Mapping):
         keys = [*layer.entries, *(layer.role or "").split("+")]
@@ -356,8 +349,8 @@ def _look_for_frozen(chosen: list[_Chosen]) -> None:
 def _observing(layers: dict[str, VeloraTwin], gathered: dict[str, SubTokenStatistics]) -> Iterator[None]:
     """Add the inputs of every layer to its statistics while entered."""
 
-    def observe(statistics: SubTokenStatistics, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        statistics.add(args[0] if args else next(iter(kwargs.values())))
+    def observe(statistics: SubTokenStatistics, module: VeloraTwin, args: tuple, kwargs: dict[str, Any]) -> None:
+        statistics.add(module.tokens(args[0] if args else next(iter(kwargs.values()))))
 
     handles = [
         layers[name].register_forward_pre_hook(partial(observe, statistics), with_kwargs=True)

@@ -2,15 +2,18 @@
 
 torch.utils.checkpoint in its non-reentrant form does the work; dropout and autocast are the same in both forwards. A block's
 `forward` is replaced by a method of the same object, so its class, name, Parameters and hooks stay, whatever library it
-is from: a layer that transformers says can be checkpointed, or a child of timm's `blocks`. In training a block gets no
-cache of keys and values, which a second forward would fill twice.
+is from: a layer that transformers says can be checkpointed, or a child of timm's `blocks` or, in a ResNet, `layer1` to `layer4`.
+In training a block gets no cache of keys and values, which a second forward would fill twice, and its second forward does not
+move the running mean and variance of a batch norm.
 
     (B, N, D): a batch of B sequences of N tokens with D features, the input of a block
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -24,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from velora.errors import ConfigError
 from velora.nn.recipe import forget_recipe
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NO_CACHE = {"past_key_values": None, "layer_past": None, "use_cache": False}
 
 
@@ -59,7 +63,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
     found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not found:
-        rows = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
+        rows = [m for name, m in model.named_modules() if re.fullmatch(r"blocks|layer\d", name.rpartition(".")[2])]
         found = [block for row in rows if isinstance(row, nn.Sequential | nn.ModuleList) for block in row]
     inside = {part for block in found for part in block.modules() if part is not block}
     return [block for block in found if block not in inside]
@@ -77,7 +81,26 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     kwargs |= {key: value for key, value in NO_CACHE.items() if key in kwargs}
     for value in (*args, *kwargs.values()):
         forget_recipe(value)  # of the block before: inside this one it does not hold, and its sources would stay
-    return checkpoint(partial(forward, block, **kwargs), *args, use_reentrant=False)
+    contexts = partial(_contexts, [m for m in block.modules() if isinstance(m, BATCH_NORMS)])
+    return checkpoint(partial(forward, block, **kwargs), *args, use_reentrant=False, context_fn=contexts)
+
+
+def _contexts(norms: list[Any]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What is entered around the two forwards."""
+    return nullcontext(), _running_statistics_kept(norms)
+
+
+@contextmanager
+def _running_statistics_kept(norms: list[Any]) -> Iterator[None]:
+    """Batch norms in training leave their running mean, variance and count as they are."""
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _forward_on_host(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

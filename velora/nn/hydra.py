@@ -16,7 +16,7 @@ Shapes: N tokens, D in-features, M out-features, R rank; A_p (R x D), A_q (R x M
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,11 @@ class HydraLinear(nn.Module):
         device = base.weight.device
         self.parallel = LowRankBranch(base.in_features, base.out_features, rank, scale, dropout, device)
         self.sequential = LowRankBranch(base.out_features, base.out_features, rank, scale, dropout, device)
+
+    @property
+    def weight(self) -> Any:
+        """The frozen layer's, for a network that looks at it (Mamba's)."""
+        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

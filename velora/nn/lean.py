@@ -68,7 +68,8 @@ def apply_lean(model: nn.Module, *, mlp: bool = False) -> LeanSummary:
                 counts["head with its loss"] += 1
     if not set(counts) - {"linear layers"}:
         raise ConfigError(
-            f"apply_lean: {type(model).__name__} has no norm, activation, dropout or head that could keep less"
+            f"apply_lean: {type(model).__name__} has no norm, activation, dropout or head that could keep less; "
+            "choose recompute=none, or recompute.lean=false with recompute=blocks"
         )
     return LeanSummary(dict(counts))
 

@@ -22,7 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.recipe import Making, Product, forward_may_stop, leave_recipe, recipe_of, sources_of, stand_in
+from velora.nn.recipe import (
+    Making,
+    Product,
+    forward_may_stop,
+    leave_recipe,
+    linear,
+    recipe_of,
+    sources_of,
+    stand_in,
+)
 from velora.nn.surroundings import autocast_dtype, cast, random_state, random_state_of
 
 NO_SECOND_DERIVATIVE = "a lean layer has no second derivative: call velora.remove_lean(model) where one is needed"
@@ -61,7 +70,7 @@ class LeanLinear(nn.Linear):
             return F.linear(input, self.weight, self.bias)
         dtype, early = autocast_dtype(input.device), forward_may_stop()
         y = _Linear.apply(input, self.weight, self.bias, dtype, early, recipe.making, *recipe.sources)
-        return Product.apply(y, cast(input.detach(), dtype), self.weight.detach(), self.bias, dtype) if early else y
+        return Product.apply(y, partial(linear, input, self.weight, self.bias, dtype)) if early else y
 
 
 class _Linear(torch.autograd.Function):
@@ -80,7 +89,7 @@ class _Linear(torch.autograd.Function):
         ctx.making, ctx.dtype = making, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(weight, *sources)
-        return stand_in(cast(x, dtype), weight) if early else F.linear(x, weight, bias)
+        return stand_in(cast(x, dtype), *x.shape[:-1], weight.shape[0]) if early else F.linear(x, weight, bias)
 
     @staticmethod
     @first_order(NO_SECOND_DERIVATIVE)

@@ -21,6 +21,7 @@ y, dx and db are exact, bit for bit those of nn.Linear.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.recipe import Product, forward_may_stop, stand_in
+from velora.nn.recipe import Product, forward_may_stop, linear, stand_in
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -57,7 +58,7 @@ class VeloraLinear(VeloraTwin, nn.Linear):
         x = cast(input, dtype)
         early = not torch.compiler.is_compiling() and forward_may_stop()
         y = _Linear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early)
-        return Product.apply(y, x.detach(), self.weight.detach(), self.bias, dtype) if early else y
+        return Product.apply(y, partial(linear, x, self.weight, self.bias, dtype)) if early else y
 
 
 class _Linear(torch.autograd.Function):
@@ -85,8 +86,8 @@ class _Linear(torch.autograd.Function):
         ctx.shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         if early:
-            return stand_in(x, weight)
-        return F.linear(x, cast(weight, dtype), None if bias is None else cast(bias, dtype))
+            return stand_in(x, *x.shape[:-1], weight.shape[0])
+        return linear(x, weight, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

@@ -75,6 +75,20 @@ def compress(x: Tensor, direction: Tensor) -> Tensor:
     return z.view(-1, x.shape[-1] // sub_token_size)
 
 
+def compress_channels(x: Tensor, direction: Tensor) -> Tensor:
+    """z (N, C/S, ...) of x (N, C, ...), a batch of N signals, images or volumes: sub-tokens along the channels at each pixel.
+
+    As `compress`, without moving the channels: z has the memory format of x where that is contiguous or channels_last.
+    """
+    sub_token_size, shape = direction.shape[0], (x.shape[0], x.shape[1] // direction.shape[0], *x.shape[2:])
+    if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return compress(x.movedim(1, -1), direction).view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    v = (direction / code_unit(x.dtype, sub_token_size)).to(x.dtype)
+    with autocast_as(None, x.device):
+        pixels = math.prod(shape[2:])
+        return torch.matmul(v, x.reshape(shape[0] * shape[1], sub_token_size, pixels)).view(shape)
+
+
 def reconstruct(z: Tensor, direction: Tensor) -> Tensor:
     """x̂ (N, D) from z (N, G). For understanding and for comparison: the gradients are computed without it."""
     return (z.unsqueeze(-1) * (code_unit(z.dtype, direction.shape[0]) * direction).to(z.dtype)).flatten(-2)

@@ -119,23 +119,27 @@ def _hook_of_checkpoint() -> str:
 
 
 class Product(torch.autograd.Function):
-    """x Wᵀ + b by a node that saves nothing, after the node of `kept`, which has saved all that the gradients need.
+    """The layer's output, as `compute` gives it, by a node that saves nothing, after the node of `kept`, which has saved all that
+    the gradients need.
 
     An autograd function saves when its forward has ended. Where the second forward of a checkpointed region stops at the last
     tensor that is saved, that must not be after a product which nobody needs. `kept` stands for the result, without memory.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, kept: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cast_to: torch.dtype | None
-    ) -> Tensor:
-        return F.linear(x, cast(weight, cast_to), None if bias is None else cast(bias, cast_to))
+    def forward(ctx: Any, kept: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        return compute()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        return grad_outputs[0], None, None, None, None
+        return grad_outputs[0], None
 
 
-def stand_in(x: Tensor, weight: Tensor) -> Tensor:
-    """A tensor (..., M) without memory, in place of x Wᵀ."""
-    return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x Wᵀ + b, computed in `dtype`."""
+    return F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
+
+
+def stand_in(x: Tensor, *shape: int) -> Tensor:
+    """A tensor of this shape without memory, of the type and on the device of x, in place of a layer's output."""
+    return x.new_empty(()).expand(shape)

@@ -2,7 +2,7 @@
 
     y = γ ⊙ f(x) + β
 
-f is a linear layer, a norm or the convolution that embeds patches; after training γ and β fold into f (equations 4 and 5):
+f is a linear layer, a norm or a convolution; after training γ and β fold into f (equations 4 and 5):
 
     W' = γ W (row by row)     b' = γ ⊙ b + β
 
@@ -28,10 +28,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def can_have_ssf(module: nn.Module) -> bool:
-    """A linear layer (also in four bits), a norm, or a convolution that cuts an image into patches."""
-    if isinstance(module, nn.Conv2d):
-        return module.stride == module.kernel_size
-    return isinstance(module, nn.Linear) or is_norm(module)
+    """A linear layer (also in four bits), a convolution over images, or a norm."""
+    return isinstance(module, nn.Linear | nn.Conv2d) or is_norm(module)
 
 
 class SSF(nn.Module):
@@ -49,9 +47,14 @@ class SSF(nn.Module):
         self.base = base
         device = next(base.parameters()).device
         self.scale_shift = ScaleShift(_num_features(base), device=device, dtype=torch.float32)
-        self.channels_first = isinstance(base, nn.Conv2d)
+        self.channels_first = _has_channels_first(base)
         if not hasattr(base, "bias"):
             nn.init.zeros_(self.scale_shift.bias).requires_grad_(False)
+
+    @property
+    def weight(self) -> Any:
+        """The frozen layer's, for a network that looks at it (Mamba's)."""
+        return self.base.weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base(x, *args, **kwargs)
@@ -79,6 +82,13 @@ class SSF(nn.Module):
         else:
             base.bias.copy_(gamma * base.bias.float() + beta)
         return base
+
+
+def _has_channels_first(base: nn.Module) -> bool:
+    """Whether y is (batch, D, height, width)."""
+    from timm.layers import LayerNorm2d
+
+    return isinstance(base, nn.Conv2d | LayerNorm2d)
 
 
 def _num_features(base: nn.Module) -> int:

@@ -6,6 +6,8 @@ makes all of the new ones before it touches the model, so that a refusal leaves 
 A matched module may be the container of an adapter: what trains then is not the module but some of its children. PEFT's
 LoRA layers hold their A matrices under `lora_A`; a container of this package names its children in a class
 attribute `velora_children: tuple[str, ...]`. `expand_container` goes down to them.
+
+`twin_of` is the one way from a plain class to its VeLoRA twin.
 """
 
 from __future__ import annotations
@@ -17,15 +19,72 @@ from torch import nn
 
 from velora.config.roles import matches
 from velora.errors import ConfigError
+from velora.nn.conv import VeloraConv1d, VeloraConv2d, VeloraConv3d
+from velora.nn.lean_layers import plain_class_of
 from velora.nn.linear import VeloraLinear
 from velora.nn.scale_shift import ScaleShift, VeloraScaleShift
 from velora.nn.twin import VeloraTwin
 
-TWINS: dict[type[nn.Module], type[VeloraTwin]] = {nn.Linear: VeloraLinear, ScaleShift: VeloraScaleShift}
-"""Plain class -> its VeLoRA twin. Exact classes only: a subclass may compute or store something else."""
+TWINS: dict[type[nn.Module], type[VeloraTwin]] = {
+    nn.Linear: VeloraLinear,
+    nn.Conv1d: VeloraConv1d,
+    nn.Conv2d: VeloraConv2d,
+    nn.Conv3d: VeloraConv3d,
+    ScaleShift: VeloraScaleShift,
+}
+"""Plain class -> its VeLoRA twin, but for transformers' Conv1D; `twin_of` knows that too."""
 
 _COMPILED = "_orig_mod"
 """The name under which torch.compile keeps the module that it wraps."""
+
+
+def twin_of(plain: type[nn.Module]) -> type[VeloraTwin] | None:
+    """The VeLoRA twin of a plain class. Exact classes only: a subclass may compute or store something else."""
+    if (plain.__module__, plain.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        from velora.nn.transposed import VeloraTransposedLinear  # not before somebody has imported transformers
+
+        return VeloraTransposedLinear
+    return TWINS.get(plain)
+
+
+def refusal_of(module: nn.Module) -> str | None:
+    """Why a module whose class has a twin can have none itself (a depthwise convolution)."""
+    twin = twin_of(type(module))
+    return None if twin is None else twin.refusal(module)
+
+
+def can_be_twin(module: nn.Module) -> bool:
+    """Whether VeLoRA can take this plain module, where its width can be split."""
+    return twin_of(type(module)) is not None and refusal_of(module) is None
+
+
+def variant_problems(name: str, module: nn.Module) -> Iterator[str]:
+    """Sentences about an adapter's container whose layers are read in another way than VeLoRA knows."""
+    for adapter, variant in getattr(module, "lora_variant", {}).items():
+        what = getattr(variant, "__name__", type(variant).__name__)
+        yield f"{name}: the adapter {adapter!r} uses PEFT's {what}, which calls lora_A in another way; only plain LoRA has VeLoRA"
+
+
+def twin_problems(name: str, module: nn.Module) -> Iterator[str]:
+    """A sentence if a module can have no VeLoRA twin."""
+    if isinstance(module, VeloraTwin):
+        yield f"{name}: it is a VeLoRA layer already; call remove_velora(model) first"
+    elif twin_of(plain_class_of(module)) and plain_class_of(module) is not type(module):
+        yield f"{name}: it is a lean layer; call apply_velora before apply_lean, or remove_lean(model) first"
+    elif twin_of(type(module)) is None:
+        known = ", ".join(sorted(["Conv1D of transformers", *(plain.__name__ for plain in TWINS)]))
+        yield f"{name}: {type(module).__name__} has no VeLoRA twin (exactly {known} have one)"
+    elif (refusal := refusal_of(module)) is not None:
+        yield f"{name}: {refusal}"
+    elif "forward" in module.__dict__:
+        yield f"{name}: its forward was replaced on the instance (an accelerate hook?), which a twin would not run"
+
+
+def width_of(module: nn.Module) -> int:
+    """D of a plain module that has a twin."""
+    twin = twin_of(type(module))
+    assert twin is not None
+    return twin.width_of(module)
 
 
 def raise_problems(problems: Sequence[str]) -> None:
@@ -118,6 +177,13 @@ def expand_container(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Mod
         several = isinstance(child, nn.ModuleDict | nn.ModuleList | nn.Sequential)
         for key, inner in child.named_children() if several else [("", child)]:
             yield from expand_container(".".join(filter(None, (name, attribute, key))), inner)
+
+
+def bare_layers(model: nn.Module) -> list[str]:
+    """Names of layers whose forward never runs, since the network reads their weights itself: whatever stands in the place of
+    such a layer would do nothing, or not be read. In transformers' Mamba the convolution and the time step's projection."""
+    mixers = [name for name, module in model.named_modules() if type(module).__name__ == "MambaMixer"]
+    return [f"{name}.{child}" for name in mixers for child in ("conv1d", "dt_proj")]
 
 
 def replace_modules(

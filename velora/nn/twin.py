@@ -4,7 +4,7 @@ A twin subclasses a plain module, computes the same forward bit for bit, and dif
 A module is turned into its twin by changing its class and adding a buffer, never by making another object: its
 Parameters, hooks, name and everything that refers to it (optimizer, DDP, FSDP, tied layers) stay what they were.
 
-    S  sub-token size      D  features of a token, D = G S      G  groups
+    S  sub-token size      D  features of a token, D = G S      G  groups      N  tokens
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class VeloraTwin(nn.Module):
 
     plain_class: ClassVar[type[nn.Module]]
     saved_term: ClassVar[str] = CODES  # what a ledger calls the one new tensor that it saves
+    features_dim: ClassVar[int] = -1  # which dimension of an input is cut into sub-tokens
     direction: Tensor
     average: Tensor
     weight: Tensor
@@ -91,6 +92,11 @@ class VeloraTwin(nn.Module):
     def width_of(module: Any) -> int:
         """D of a plain module or of a twin."""
         raise NotImplementedError
+
+    @staticmethod
+    def refusal(module: Any) -> str | None:
+        """Why a plain module of the right class can have no twin all the same, in words; None where it can."""
+        return None
 
     @classmethod
     def convert_(
@@ -240,18 +246,30 @@ class VeloraTwin(nn.Module):
         """
         dtype = dtype or x.dtype
         if torch.compiler.is_compiling():
-            return compress(x.detach().to(dtype), self.direction)
+            return self.compress(x.detach().to(dtype))
         if forward_is_repeated():
-            return x.new_empty((), dtype=dtype).expand(x.numel() // x.shape[-1], self.num_groups)
+            return x.new_empty((), dtype=dtype).expand(self.code_shape(x))
         if self.init == "running_average":  # a direction that changes at each step would have to be read each time
-            return compress(x.detach().to(dtype), self.direction)
+            return self.compress(x.detach().to(dtype))
         known: dict[Any, TensorWeakRef] = vars(x).setdefault(_SHARED, {})
-        key = (self._direction_key(), dtype, x._version)
+        key = (self._direction_key(), self.features_dim, dtype, x._version)
         z = known[key]() if key in known else None
         if z is None:
-            z = compress(x.detach().to(dtype), self.direction)
+            z = self.compress(x.detach().to(dtype))
             known[key] = TensorWeakRef(z)  # only the layers' graph keeps it
         return z
+
+    def compress(self, x: Tensor) -> Tensor:
+        """z of the input x, see projection.compress."""
+        return compress(x, self.direction)
+
+    def code_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of z: (N, G)."""
+        return x.numel() // x.shape[-1], self.num_groups
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The input x with its features last (..., D), for statistics."""
+        return x.movedim(self.features_dim, -1)
 
     def _direction_key(self) -> Any:
         """Equal for equal directions. Where they have no values (an estimate), layers with data-driven ones are taken to agree."""
@@ -262,11 +280,11 @@ class VeloraTwin(nn.Module):
         return self._code_key
 
     def observe(self, x: Tensor) -> None:
-        """Take the input x (..., D) of a forward into the running average of this step."""
+        """Take the input x of a forward into the running average of this step."""
         if self.init == "running_average":
             if self._batch_statistics is None:
                 self._batch_statistics = self.new_statistics()
-            self._batch_statistics.add(x)
+            self._batch_statistics.add(self.tokens(x))
 
     def _check_calibrated(self) -> None:
         self._look()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,7 +37,7 @@ def low_rank_groups(
             "name roles or patterns of module names, or set model.roles"
         )
     found = find_modules(model, [pattern for entry in entries for pattern in resolved.get(entry, [entry])])
-    raise_problems([sentence for name, module in found.items() if (sentence := _problem(name, module, rank))])
+    raise_problems(list(_problems(found, rank)))
     by_rank: dict[int, list[nn.Parameter]] = {}
     for module in found.values():
         weight = module.weight
@@ -57,14 +57,24 @@ def _rank_of(weight: nn.Parameter, rank: float) -> int:
     return int(rank * min(weight.shape)) if rank < 1 else int(rank)
 
 
-def _problem(name: str, module: nn.Module, rank: float) -> str | None:
+def _problems(found: dict[str, nn.Module], rank: float) -> Iterator[str]:
+    """A sentence for all layers without a matrix, and one for each whose matrix cannot have the rank."""
+    matrices = {name: module.weight for name, module in found.items() if _has_matrix(module)}
+    without = [name for name in found if name not in matrices]
+    if without:
+        first, more = without[0], f"; nor have {len(without) - 1} more of them" if without[1:] else ""
+        kind = type(found[first]).__name__
+        yield f"optimizer.layers: {first} ({kind}) has no weight matrix of its own that trains, as a linear layer has{more}"
+    for name, weight in matrices.items():
+        assert isinstance(weight, nn.Parameter)
+        resulting = _rank_of(weight, rank)
+        if not 1 <= resulting < min(weight.shape):
+            yield (
+                f"optimizer.rank={rank} is rank {resulting} for {name} of shape {tuple(weight.shape)}; "
+                f"it must be between 1 and {min(weight.shape) - 1}: a full rank saves nothing"
+            )
+
+
+def _has_matrix(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    if not (isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad):
-        return f"optimizer.layers: {name} ({type(module).__name__}) has no weight matrix of its own that trains"
-    resulting = _rank_of(weight, rank)
-    if not 1 <= resulting < min(weight.shape):
-        return (
-            f"optimizer.rank={rank} is rank {resulting} for {name} of shape {tuple(weight.shape)}; "
-            f"it must be between 1 and {min(weight.shape) - 1}: a full rank saves nothing"
-        )
-    return None
+    return isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.requires_grad

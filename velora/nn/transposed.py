@@ -1,0 +1,90 @@
+"""The linear layer of GPT-2, transformers' `Conv1D`, and its twin: nn.Linear with the weight the other way round.
+
+    y  = x W + b         W (D, M)
+    dW = xᵀ dy           with x̂ = z ⊗ v in place of x: dW[g S + s, m] = scale v[s] (zᵀ dy)[g, m]
+
+See velora/nn/linear.py, where everything else is said.
+
+    N  tokens (all leading dimensions together)      D  in-features, D = G S      G  groups: sub-tokens in a token
+    M  out-features                                  S  sub-token size
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from velora.nn.first_order import first_order
+from velora.nn.projection import code_unit, sum_over_tokens
+from velora.nn.recipe import Product, forward_may_stop, stand_in
+from velora.nn.surroundings import autocast_dtype, cast, cast_type
+from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
+
+
+class VeloraTransposedLinear(VeloraTwin, Conv1D):
+    """transformers' Conv1D that keeps N G numbers for the gradient of its weight in place of N D."""
+
+    plain_class = Conv1D
+
+    @staticmethod
+    def width_of(module: Any) -> int:
+        return module.nx
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.compresses():
+            return super().forward(x)
+        self.observe(x)
+        dtype = autocast_dtype(x.device)
+        with torch.no_grad():
+            z = self.codes(x, cast_type(x, dtype))
+        x = cast(x, dtype)
+        early = not torch.compiler.is_compiling() and forward_may_stop()
+        y = _TransposedLinear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early)
+        return Product.apply(y, partial(_product, x, self.weight, self.bias, dtype)) if early else y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x W + b, as Conv1D computes it."""
+    y = torch.addmm(cast(bias, dtype), x.view(-1, x.shape[-1]), cast(weight, dtype))
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+class _TransposedLinear(torch.autograd.Function):
+    """Keeps z, the weight (a parameter) and the direction (a buffer); `early`: see recipe.Product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        direction: Tensor,
+        scale: float,
+        dtype: torch.dtype | None,
+        early: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(z, weight, direction)
+        ctx.scale, ctx.shape, ctx.bias_dtype = scale, x.shape, bias.dtype
+        return stand_in(x, *x.shape[:-1], weight.shape[1]) if early else _product(x, weight, bias, dtype)
+
+    @staticmethod
+    @first_order(NO_SECOND_DERIVATIVE)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        z, weight, direction = ctx.saved_tensors
+        dx = dw = db = None
+        dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight.to(dy.dtype).T).view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            c = sum_over_tokens(z, dy)  # (G, M)
+            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+            torch.mul(c.unsqueeze(1), v.unsqueeze(1), out=dw.view(c.shape[0], -1, c.shape[1]))  # (G, S, M)
+        if ctx.needs_input_grad[3]:
+            db = dy.sum(0).to(ctx.bias_dtype)
+        return dx, None, dw, db, None, None, None, None
