@@ -118,6 +118,9 @@ SECTIONS = {
     "experiment.name": Label(),
     "experiment.table": Label(),
     "experiment.row": Label(),
+    "experiment.level": Read("config/run.py"),  # has_only_shapes: test_shapes
+    "experiment.searched": Read("report/paper.py"),  # test_report_tables
+    "experiment.judged_by": Read("config/level.py"),  # test_tables
     "experiment.published": Label(),
     "experiment.inferred": Label(),
     "experiment.unknown": Label(),
