@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from velora.nn.first_order import first_order
 from velora.nn.projection import code_unit, compress_channels
 from velora.nn.recipe import Product, forward_may_stop, stand_in
+from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -151,7 +152,8 @@ class VeloraConv(VeloraTwin):
             z = self.codes(input, cast_type(input, dtype))
         x = geometry.padded(cast(input, dtype))
         early = not torch.compiler.is_compiling() and forward_may_stop()
-        y = _Conv.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, geometry)
+        later = later_of(self)
+        y = _Conv.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, geometry, later)
         return Product.apply(y, partial(geometry.convolve, x, self.weight, self.bias, dtype)) if early else y
 
 
@@ -185,9 +187,10 @@ class _Conv(torch.autograd.Function):
         dtype: torch.dtype | None,
         early: bool,
         geometry: Geometry,
+        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale, ctx.geometry, ctx.shape = scale, geometry, x.shape
+        ctx.scale, ctx.geometry, ctx.shape, ctx.later = scale, geometry, x.shape, later
         last = _CHANNELS_LAST.get(x.dim() - 2)
         ctx.format = last if last and x.is_contiguous(memory_format=last) else None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -201,17 +204,35 @@ class _Conv(torch.autograd.Function):
         z, weight, direction = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
+        needed = wanted(ctx)
+        if needed[0]:
             w = weight.to(dy.dtype) if ctx.format is None else _in_format(weight.to(dy.dtype), ctx.format)
             dx = geometry.gradients(dy, stand_in(dy, *ctx.shape), w, (True, False, False))[0]
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            groups, size = weight.shape[1] // direction.shape[0], direction.shape[0]
-            w = stand_in(z, weight.shape[0], groups, *weight.shape[2:])
-            mask = (False, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
-            _, c, db = geometry.gradients(dy, geometry.padded(z), w, mask)  # (M, G, K), (M)
-            db = None if db is None else db.to(ctx.bias_dtype)
-        if ctx.needs_input_grad[2]:
-            dw = torch.empty_like(weight)
-            v = ctx.scale * code_unit(z.dtype, size) * direction  # (S)
-            torch.mul(c.unsqueeze(2), v.view(size, *[1] * (dw.dim() - 2)), out=dw.unflatten(1, (groups, size)))
-        return dx, None, dw, db, None, None, None, None, None
+        if needed[2] or needed[3]:
+            bias_dtype = ctx.bias_dtype if needed[3] else None
+            compute = partial(_gradients, geometry, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
+            dw, db = now_or_later(ctx.later, compute)
+        return dx, None, dw, db, None, None, None, None, None, None
+
+
+def _gradients(
+    geometry: Geometry,
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    direction: Tensor,
+    scale: float,
+    of_weight: bool,
+    bias_dtype: torch.dtype | None,
+) -> Gradients:
+    """dW (M, D, K) and db (M); the latter in its dtype, or None."""
+    dw, size = None, direction.shape[0]
+    groups = weight.shape[1] // size
+    w = stand_in(z, weight.shape[0], groups, *weight.shape[2:])
+    mask = (False, of_weight, bias_dtype is not None)
+    _, c, db = geometry.gradients(dy, geometry.padded(z), w, mask)  # (M, G, K), (M)
+    if of_weight:
+        dw = torch.empty_like(weight)
+        v = scale * code_unit(z.dtype, size) * direction  # (S)
+        torch.mul(c.unsqueeze(2), v.view(size, *[1] * (dw.dim() - 2)), out=dw.unflatten(1, (groups, size)))
+    return dw, None if db is None else db.to(bias_dtype)

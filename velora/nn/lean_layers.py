@@ -32,6 +32,7 @@ from velora.nn.recipe import (
     sources_of,
     stand_in,
 )
+from velora.nn.split_backward import wanted
 from velora.nn.surroundings import autocast_dtype, cast, random_state, random_state_of
 
 NO_SECOND_DERIVATIVE = "a lean layer has no second derivative: call velora.remove_lean(model) where one is needed"
@@ -96,13 +97,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         weight, *sources = ctx.saved_tensors
         dx = dw = db = None
+        needed = wanted(ctx)
         dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        if ctx.needs_input_grad[0]:
+        if needed[0]:
             dx = (dy @ weight.to(dy.dtype)).view(*grad_output.shape[:-1], -1).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
+        if needed[1]:
             x = ctx.making.make(*sources)
             dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
+        if needed[2]:
             db = dy.sum(0).to(ctx.bias_dtype)
         return dx, dw, db, *(None for _ in range(len(sources) + 3))
 
@@ -158,8 +160,9 @@ class _RMSNorm(torch.autograd.Function):
             return None, None, None
         width = x.shape[-1]
         w = weight.to(rstd.dtype)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(w) if ctx.needs_input_grad[1] else None
+        needed = wanted(ctx)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needed[0] else None
+        dw = torch.zeros_like(w) if needed[1] else None
         flat = (x.reshape(-1, width), grad_output.reshape(-1, width), rstd.view(-1, 1))
         outs = flat[0] if dx is None else dx.view(-1, width)
         for some_x, dy, r, out in in_rows(*flat, outs):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
 from velora.nn.recipe import Product, forward_may_stop, linear, stand_in
+from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -57,7 +58,7 @@ class VeloraLinear(VeloraTwin, nn.Linear):
             z = self.codes(input, cast_type(input, dtype))
         x = cast(input, dtype)
         early = not torch.compiler.is_compiling() and forward_may_stop()
-        y = _Linear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early)
+        y = _Linear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, later_of(self))
         return Product.apply(y, partial(linear, x, self.weight, self.bias, dtype)) if early else y
 
 
@@ -80,9 +81,10 @@ class _Linear(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype | None,
         early: bool,
+        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale = scale
+        ctx.scale, ctx.later = scale, later
         ctx.shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         if early:
@@ -94,16 +96,33 @@ class _Linear(torch.autograd.Function):
         (grad_output,) = grad_outputs
         z, weight, direction = ctx.saved_tensors
         dx = dw = db = None
+        needed = wanted(ctx)
         with torch.no_grad():
             dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-            if ctx.needs_input_grad[0]:
+            if needed[0]:
                 dx = (dy @ weight.to(dy.dtype)).view(ctx.shape)
-            if ctx.needs_input_grad[2]:
-                c = sum_over_tokens(dy, z)  # (M, G)
-                dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-                v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
-                torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
-            if ctx.needs_input_grad[3]:
-                db = dy.sum(0).to(ctx.bias_dtype)
+            if needed[2] or needed[3]:
+                bias_dtype = ctx.bias_dtype if needed[3] else None
+                compute = partial(_gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
+                dw, db = now_or_later(ctx.later, compute)
         dx, dw, db = refuse_second_derivative((dx, dw, db), NO_SECOND_DERIVATIVE)
-        return dx, None, dw, db, None, None, None, None
+        return dx, None, dw, db, None, None, None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    direction: Tensor,
+    scale: float,
+    of_weight: bool,
+    bias_dtype: torch.dtype | None,
+) -> Gradients:
+    """dW (M, D) and db (M); the latter in its dtype, or None."""
+    dw = None
+    if of_weight:
+        c = sum_over_tokens(dy, z)  # (M, G)
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+        torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
+    return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

@@ -17,6 +17,7 @@ which is one vector-matrix product per group. y, dx and dβ are exact.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from velora.nn.first_order import refuse_second_derivative
 from velora.nn.projection import code_unit, sum_over_tokens
+from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -68,7 +70,7 @@ class VeloraScaleShift(VeloraTwin, ScaleShift):
         self.observe(x)
         with torch.no_grad():
             z = self.codes(x)
-        return _ScaleShift.apply(x, z, self.weight, self.bias, self.direction, self.scale)
+        return _ScaleShift.apply(x, z, self.weight, self.bias, self.direction, self.scale, later_of(self))
 
 
 class _ScaleShift(torch.autograd.Function):
@@ -76,10 +78,17 @@ class _ScaleShift(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor, direction: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        z: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        direction: Tensor,
+        scale: float,
+        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale = scale
+        ctx.scale, ctx.later = scale, later
         ctx.dtypes = x.dtype, bias.dtype
         return x * weight + bias
 
@@ -89,17 +98,35 @@ class _ScaleShift(torch.autograd.Function):
         z, weight, direction = ctx.saved_tensors
         x_dtype, bias_dtype = ctx.dtypes
         dx = dgamma = dbeta = None
+        needed = wanted(ctx)
         with torch.no_grad():
             dy = grad_output.reshape(-1, weight.shape[0])  # (N, D)
-            if ctx.needs_input_grad[0]:
+            if needed[0]:
                 dx = (grad_output * weight).to(x_dtype)
-            if ctx.needs_input_grad[2]:
-                groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
-                codes = z.to(dy.dtype).T.unsqueeze(2)  # (G, N, 1)
-                sums = sum_over_tokens(codes, groups).squeeze(1)  # (G, S)
-                v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
-                dgamma = (sums * v).to(weight.dtype).flatten()
-            if ctx.needs_input_grad[3]:
-                dbeta = dy.sum(0).to(bias_dtype)
+            if needed[2] or needed[3]:
+                compute = partial(
+                    _gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype if needed[3] else None
+                )
+                dgamma, dbeta = now_or_later(ctx.later, compute)
         dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), NO_SECOND_DERIVATIVE)
-        return dx, None, dgamma, dbeta, None, None
+        return dx, None, dgamma, dbeta, None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    direction: Tensor,
+    scale: float,
+    of_weight: bool,
+    bias_dtype: torch.dtype | None,
+) -> Gradients:
+    """dγ and dβ (D); the latter in its dtype, or None."""
+    dgamma = None
+    if of_weight:
+        groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
+        codes = z.to(dy.dtype).T.unsqueeze(2)  # (G, N, 1)
+        sums = sum_over_tokens(codes, groups).squeeze(1)  # (G, S)
+        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+        dgamma = (sums * v).to(weight.dtype).flatten()
+    return dgamma, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from velora.nn.first_order import first_order
 from velora.nn.projection import code_unit, sum_over_tokens
 from velora.nn.recipe import Product, forward_may_stop, stand_in
+from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -43,7 +44,9 @@ class VeloraTransposedLinear(VeloraTwin, Conv1D):
             z = self.codes(x, cast_type(x, dtype))
         x = cast(x, dtype)
         early = not torch.compiler.is_compiling() and forward_may_stop()
-        y = _TransposedLinear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early)
+        y = _TransposedLinear.apply(
+            x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, later_of(self)
+        )
         return Product.apply(y, partial(_product, x, self.weight, self.bias, dtype)) if early else y
 
 
@@ -67,9 +70,10 @@ class _TransposedLinear(torch.autograd.Function):
         scale: float,
         dtype: torch.dtype | None,
         early: bool,
+        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale, ctx.shape, ctx.bias_dtype = scale, x.shape, bias.dtype
+        ctx.scale, ctx.shape, ctx.bias_dtype, ctx.later = scale, x.shape, bias.dtype, later
         return stand_in(x, *x.shape[:-1], weight.shape[1]) if early else _product(x, weight, bias, dtype)
 
     @staticmethod
@@ -77,14 +81,31 @@ class _TransposedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
         dx = dw = db = None
+        needed = wanted(ctx)
         dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        if ctx.needs_input_grad[0]:
+        if needed[0]:
             dx = (dy @ weight.to(dy.dtype).T).view(ctx.shape)
-        if ctx.needs_input_grad[2]:
-            c = sum_over_tokens(z, dy)  # (G, M)
-            dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-            v = ctx.scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
-            torch.mul(c.unsqueeze(1), v.unsqueeze(1), out=dw.view(c.shape[0], -1, c.shape[1]))  # (G, S, M)
-        if ctx.needs_input_grad[3]:
-            db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, None, dw, db, None, None, None, None
+        if needed[2] or needed[3]:
+            bias_dtype = ctx.bias_dtype if needed[3] else None
+            compute = partial(_gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
+            dw, db = now_or_later(ctx.later, compute)
+        return dx, None, dw, db, None, None, None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    direction: Tensor,
+    scale: float,
+    of_weight: bool,
+    bias_dtype: torch.dtype | None,
+) -> Gradients:
+    """dW (D, M) and db (M); the latter in its dtype, or None."""
+    dw = None
+    if of_weight:
+        c = sum_over_tokens(z, dy)  # (G, M)
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+        torch.mul(c.unsqueeze(1), v.unsqueeze(1), out=dw.view(c.shape[0], -1, c.shape[1]))  # (G, S, M)
+    return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

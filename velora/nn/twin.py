@@ -60,6 +60,7 @@ class VeloraTwin(nn.Module):
     plain_class: ClassVar[type[nn.Module]]
     saved_term: ClassVar[str] = CODES  # what a ledger calls the one new tensor that it saves
     features_dim: ClassVar[int] = -1  # which dimension of an input is cut into sub-tokens
+    deferred: Any = None  # where the weight's gradient is put off, see split_backward.defer_weight_gradients
     direction: Tensor
     average: Tensor
     weight: Tensor
@@ -121,6 +122,7 @@ class VeloraTwin(nn.Module):
         self._after_loading.remove()
         for name in (*self._own_buffers(), *_ATTRIBUTES):
             delattr(self, name)
+        vars(self).pop("deferred", None)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
 
