@@ -122,7 +122,8 @@ class VeloraTwin(nn.Module):
         self._after_loading.remove()
         for name in (*self._own_buffers(), *_ATTRIBUTES):
             delattr(self, name)
-        vars(self).pop("deferred", None)
+        if self.deferred is not None:
+            del self.deferred
         self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
 
