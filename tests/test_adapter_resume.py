@@ -20,6 +20,8 @@ ADAPTERS = {
     "lora_and_embedding": (lambda: adapters.lora(also_train=["word_embeddings"]), ["value", "down"]),
     "ssf": (adapters.ssf, ["value", "up"]),
     "hydra": (lambda: adapters.hydra(dropout=0.1), ["output", "down"]),
+    "multilora": (lambda: adapters.multilora(dropout=0.1), ["value", "down"]),
+    "pissa": (lambda: adapters.lora(dropout=0.1, init="pissa"), ["value", "down"]),
 }
 STEPS, BREAK = 6, 3
 

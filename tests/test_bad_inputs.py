@@ -159,6 +159,8 @@ VALUES = {
     "no data folder": Bad("data.root=nowhere", ("data.root=nowhere is not a folder", "leave it out")),
     "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
     "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),
+    "no branch": Bad("method=multilora adapter.num_branches=0", ("adapter.num_branches=0", "greater than 0")),
+    "no round": Bad("method=qpissa adapter.pissa_rounds=0", ("adapter.pissa_rounds=0", "greater than 0")),
     "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
     "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
     "class of ours": Bad(

@@ -31,7 +31,7 @@ FAMILIES = {
 }
 METHODS = [
     "full", "linear_probe", "lora", "lora_velora", "qlora", "qlora_velora", "ssf", "ssf_velora", "hydra",
-    "hydra_velora", "galore", "flora", "velora", "checkpoint",
+    "hydra_velora", "multilora", "multilora_velora", "qpissa", "galore", "flora", "velora", "checkpoint",
 ]  # fmt: skip
 NO_CLIPPING = "trainer.max_grad_norm=null"
 ALONG_THE_AXES = [

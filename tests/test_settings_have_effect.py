@@ -156,6 +156,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "dropout": Network(0.5, LORA),
         "targets": Network(["down"], LORA),
         "init": Network("olora", LORA),
+        "pissa_rounds": Network(1, "method=qpissa"),
         "also_train": Network(["*.norm"], LORA),
     },
     "adapter=hydra": {
@@ -165,6 +166,13 @@ PARTS: dict[str, dict[str, Any]] = {
         "targets": Network(["up"], "method=hydra"),
         "per_task": Network({"manual": {"scale": 3.0, "dropout": 0.0}}, "method=hydra"),
         "also_train": Network(["*.norm"], "method=hydra"),
+    },
+    "adapter=multilora": {
+        "num_branches": Network(2, "method=multilora"),
+        "rank": Network(2, "method=multilora"),
+        "dropout": Network(0.5, "method=multilora"),
+        "targets": Network(["down"], "method=multilora"),
+        "also_train": Network(["*.norm"], "method=multilora"),
     },
     "adapter=ssf": {
         "targets": Network(["value"], "method=ssf"),
@@ -393,7 +401,7 @@ def both(key: str, effect: Any, *overrides: str) -> tuple[Config, Config]:
 @pytest.mark.parametrize("key", entries(Network))
 def test_it_changes_the_network_or_its_training(key: str) -> None:
     effect = EFFECTS[key]
-    if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "qlora" in effect.base:
+    if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "method=q" in effect.base:
         pytest.importorskip("bitsandbytes", minversion="0.50")
     vision = TINY_RESNET if key.startswith("model=convnet") else TINY_VIT
     overrides = vision if effect.vision else ("method=full", *SMALL)
