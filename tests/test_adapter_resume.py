@@ -37,8 +37,8 @@ class Sentences(Dataset):
 
 def make(name: str, weights: str, fresh: bool) -> nn.Module:
     build, layers = ADAPTERS[name]
-    model = getattr(adapters, weights)().apply(adapters.network("roberta"), adapters.config())
-    model = build().apply(model, adapters.config())
+    config = adapters.config(adapter=build(), weights=getattr(adapters, weights)())
+    model = config.adapter.apply(config.weights.apply(adapters.network("roberta"), config), config)
     if layers:
         apply_velora(model, layers, sub_token_size=8)
         if fresh:
