@@ -154,13 +154,19 @@ def with_level(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return [*chosen, *(o for o in first if _key(o) not in given), *(o for o in rest if o not in chosen)]
 
 
+def has_level(level: str, experiment: str, folders: Sequence[Path]) -> bool:
+    """Whether a row can be run at a level. What is in no file of conf/table/ is as its source published it."""
+    table = read_table(table_of(experiment), folders)
+    return level == "paper" if table is None else table.at(level) is not None
+
+
 def settings_of(experiment: str, level: str, folders: Sequence[Path]) -> list[str]:
     """The overrides that a level stands for in one row; ConfigError names the levels that there are."""
     table = read_table(table_of(experiment), folders)
     row = experiment.partition("/")[2]
     if level not in LEVELS:
         raise ConfigError(unknown_value("level", level, list(LEVELS)))
-    if level != "paper" and (table is None or table.at(level) is None):
+    if not has_level(level, experiment, folders):
         known: list[str] = [*table.levels] if table else ["paper"]
         raise ConfigError(f"level={level}: experiment={experiment} has no such level; it has {one_of(known)}")
     at = table.at(level) if table else None
