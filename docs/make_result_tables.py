@@ -1,9 +1,9 @@
-"""The run tables of docs/results.md and README.md, from the records: `python docs/make_result_tables.py`.
+"""The tables of runs in README.md and docs/, from the records: `python docs/make_result_tables.py`.
 
 A page says where and what: between `<!-- runs: FOLDER | TABLE; TABLE | COLUMN, COLUMN -->` and `<!-- end -->` stand columns of
-the tables that `velora-report runs/records/FOLDER` prints under these titles; of several tables the first column names the task. Between
-`<!-- paper: FOLDER -->` and `<!-- end -->` stand the paper's tables with the records of that folder in them, whole; with `paper short`
-the rows alone.
+the tables that `velora-report runs/records/FOLDER` prints under these titles; of several tables the first column names the task.
+Between `<!-- paper: FOLDER -->` and `<!-- end -->` stand the paper's tables with the records of that folder in them, whole; with
+`paper short` the rows alone.
 """
 
 from __future__ import annotations

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 from make_memory_block import GRADIENTS, PARTS, STATE, WEIGHTS, block_bytes
 

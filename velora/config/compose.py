@@ -70,7 +70,11 @@ def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path])
     raw = {str(k): v for k, v in container.items()}
     take_sweep(raw)
     experiment = raw.get("experiment")
-    if isinstance(experiment, dict) and experiment.get("table") and has_level("paper", str(experiment["name"]), folders):
+    if (
+        isinstance(experiment, dict)
+        and experiment.get("table")
+        and has_level("paper", str(experiment["name"]), folders)
+    ):
         experiment.setdefault("level", "paper")
     raw["name"] = raw.get("name") or default_name(raw, _without_those_of_the_level(raw, overrides, folders))
     return validate(raw)

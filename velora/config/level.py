@@ -128,6 +128,11 @@ def is_score(figure: str) -> bool:
 
 def with_level(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The overrides with `level=...` written out; ConfigError where there is no such level."""
+    if tables := [o for o in overrides if _key(o) == "table"]:
+        name = tables[0].partition("=")[2]
+        raise ConfigError(
+            f"{tables[0]}: a table is many runs; velora-train -m table={name} runs them, experiment={name}/<row> is one of its rows"
+        )
     levels = [o.partition("=")[2] for o in overrides if _key(o) == "level"]
     if not levels:
         return list(overrides)
