@@ -55,7 +55,7 @@ class TableAtLevel(_Read):
     seeds: list[int] = [0]
     settings: Settings = {}
     figures: list[Literal["score", "accounting", "memory", "speed"]] | None = None
-    judged_by: str | None = None  # a search, by another score than the one that the paper prints
+    judged_by: str | None = None  # the score that counts, where it is another than the one that the paper prints
 
     def row(self, name: str) -> RowAtLevel:
         return self.rows.get(name, RowAtLevel()) if isinstance(self.rows, dict) else RowAtLevel()
@@ -180,7 +180,8 @@ def settings_of(experiment: str, level: str, folders: Sequence[Path]) -> list[st
         settings = at.settings | at.row(row).settings
         if searched := list(at.row(row).search):
             settings |= {"++experiment.searched": searched}
-            settings |= {"++experiment.judged_by": at.judged_by} if at.judged_by else {}
+        if at.judged_by:
+            settings |= {"++experiment.judged_by": at.judged_by}
     return [*(f"{key}={as_override(value)}" for key, value in settings.items()), f"++experiment.level={level}"]
 
 
