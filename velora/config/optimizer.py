@@ -41,7 +41,9 @@ class LowRankOptimizer(Optimizer):
     """`layers`: roles or patterns, null for every layer that plays a role. `rank`: a number, or a fraction of the shorter side."""
 
     takes_shards: ClassVar[bool] = False  # what it projects is a whole matrix
-    ranks_rows: ClassVar[bool] = False  # the rank counts rows: it must be smaller than their number, not than the shorter side
+    ranks_rows: ClassVar[bool] = (
+        False  # the rank counts rows: it must be smaller than their number, not than the shorter side
+    )
 
     layers: Annotated[list[str], Field(min_length=1)] | None
     rank: PositiveInt | Fraction
