@@ -68,6 +68,8 @@ SMALLER = {
     "checkpoint": {"saved"},
     "galore": {"optimizer"},
     "flora": {"optimizer"},
+    "grass": {"optimizer"},
+    "grass_velora": {"optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},
     "lora": {"gradients", "optimizer"},
     "ssf": {"gradients", "optimizer"},
@@ -97,9 +99,12 @@ def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "with_velora"),
-    [("lora", "lora_velora"), ("ssf", "ssf_velora"), ("hydra", "hydra_velora"), ("qlora", "qlora_velora")],
-)
-def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
+    [
+        ("lora", "lora_velora"), ("ssf", "ssf_velora"), ("hydra", "hydra_velora"), ("qlora", "qlora_velora"),
+        ("grass", "grass_velora"),
+    ],
+)  # fmt: skip
+def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
     before, after = terms(model, plain), terms(model, with_velora)
     assert after["saved"] < before["saved"]
     assert after["gradients"] == before["gradients"]
