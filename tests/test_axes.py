@@ -68,6 +68,8 @@ SMALLER = {
     "checkpoint": {"saved"},
     "galore": {"optimizer"},
     "flora": {"optimizer"},
+    "grass": {"optimizer"},
+    "grass_velora": {"optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},
     "lora": {"gradients", "optimizer"},
     "ssf": {"gradients", "optimizer"},
@@ -100,9 +102,9 @@ def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "with_velora"),
-    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "qlora")],
+    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "qlora", "grass")],
 )
-def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
+def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
     before, after = terms(model, plain), terms(model, with_velora)
     assert after["saved"] < before["saved"]
     assert after["gradients"] == before["gradients"]

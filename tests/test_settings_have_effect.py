@@ -134,7 +134,12 @@ SECTIONS = {
     "wandb.tags": Read("tracker.py"),
 }
 
-GALORE, FLORA, LORA = "method=galore", "method=flora optimizer.scale_parameter=false", "method=lora"
+GALORE, GRASS, FLORA, LORA = (
+    "method=galore",
+    "method=grass",
+    "method=flora optimizer.scale_parameter=false",
+    "method=lora",
+)
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
 VELORA = "method=velora activations.layers=[value,down] activations.sub_token_size=16"
@@ -206,6 +211,16 @@ PARTS: dict[str, dict[str, Any]] = {
         "bits": Network(8, GALORE),
         "betas": Network([0.5, 0.9], GALORE),
         "eps": Network(0.1, GALORE),
+    },
+    "optimizer=grass": {
+        "layers": Network(["value"], GRASS),
+        "rank": Network(2, GRASS),
+        "layerwise": Network(True, GRASS),
+        "selection": Network("sampled", GRASS),
+        "update_gap": Network(1, GRASS),
+        "scale": Network(3.0, GRASS),
+        "betas": Network([0.5, 0.9], GRASS),
+        "eps": Network(0.1, GRASS),
     },
     "optimizer=flora": {
         "layers": Network(["value"], FLORA),
