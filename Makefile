@@ -12,6 +12,8 @@ help:
 	@echo "make check   lint, format and types"
 	@echo "make bench   speed of one layer next to nn.Linear and PEFT's VeLoRA, and of whole steps; into BENCH=runs/bench (half an hour)"
 	@echo "make figure2 Figure 2 of the paper on a small network; into FIGURE2=runs/figure2 (10 to 15 minutes on one core)"
+	@echo "make table2 LEVEL=small DATA=DIR   a table of the paper: table1 to table7, at the level paper, memory or small (docs/tables.md)"
+	@echo "make tables LEVEL=memory           all of them"
 	@echo "make gpu     all that needs a GPU, in under ten minutes; appends to runs/records/gpu"
 	@echo "make install CONSTRAINTS=   the newest versions that pyproject.toml allows, instead of the tested ones"
 
@@ -46,6 +48,22 @@ BENCH ?= runs/bench
 bench: $(STAMP)
 	$(BIN)/velora-bench operator --json $(BENCH)/operator.json
 	$(BIN)/velora-bench step --json '$(BENCH)/step_{model}.json' --picture '$(BENCH)/step_{model}.png'
+
+# Whole tables. DATA: the folder that data.root names; ARGS: further overrides, like seed=0,1,2 sweep.retry=failed
+LEVEL ?= paper
+DATA  ?=
+JOBS  ?=
+ARGS  ?=
+TABLES_5 := table5a,table5b,table5c
+TABLES_7 := table7_c4,table7_alpaca
+RUNS := runs$(if $(filter paper,$(LEVEL)),,/$(LEVEL))
+SWEEP = $(BIN)/velora-train -m level=$(LEVEL) $(if $(DATA),data.root=$(DATA)) $(if $(JOBS),sweep.jobs=$(JOBS)) $(ARGS)
+
+table%: $(STAMP)
+	$(SWEEP) table=$(or $(TABLES_$*),table$*); status=$$?; $(BIN)/velora-report $(RUNS) && $(BIN)/velora-report $(RUNS) --format html; exit $$status
+
+tables: $(STAMP)
+	$(SWEEP) 'table=glob(*)'; status=$$?; $(BIN)/velora-report $(RUNS) && $(BIN)/velora-report $(RUNS) --format html; exit $$status
 
 FIGURE2 ?= runs/figure2
 

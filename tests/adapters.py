@@ -10,7 +10,7 @@ import torch
 from text_helpers import composed
 from torch import Tensor, nn
 
-from velora.config.adapter import Hydra, LoRA, SSFAdapter
+from velora.config.adapter import Hydra, LoRA, MultiLoRA, SSFAdapter
 from velora.config.run import Config
 from velora.config.weights import NF4, Dense
 
@@ -29,7 +29,7 @@ def config(seed: int = 0, task: str = "a/task", **parts: Any) -> Config:
 def lora(**changes: Any) -> LoRA:
     keys = {
         "rank": 4, "alpha": 8.0, "scaling": "alpha_over_rank", "dropout": 0.0, "targets": ["value", "down"],
-        "init": "default", "also_train": [],
+        "init": "default", "pissa_rounds": 5, "also_train": [],
     }  # fmt: skip
     return LoRA(kind="lora", **(keys | changes))
 
@@ -43,6 +43,11 @@ def hydra(**changes: Any) -> Hydra:
         "rank": 2, "scale": 0.5, "dropout": 0.0, "targets": ["output", "down"], "per_task": {}, "also_train": [],
     }  # fmt: skip
     return Hydra(kind="hydra", **(keys | changes))
+
+
+def multilora(**changes: Any) -> MultiLoRA:
+    keys = {"num_branches": 3, "rank": 2, "dropout": 0.0, "targets": ["value", "down"], "also_train": []}
+    return MultiLoRA(kind="multilora", **(keys | changes))
 
 
 def dense(dtype: str = "fp32") -> Dense:

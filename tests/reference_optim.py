@@ -99,3 +99,38 @@ class ReferenceFlora:
             self.momentum = self.down(past)
         self.momentum = beta1 * self.momentum + (1 - beta1) * self.down(update)
         return self.up(self.momentum) if self.sketched == "all" else beta1 * past + (1 - beta1) * update
+
+
+class ReferenceGrass:
+    """Grass for one M x D weight, with P as the matrix of the paper. `rows` of None stands for the R largest norms.
+
+    With `rows` given (what was drawn, for each refresh), the scales are those of the sampled selection.
+    """
+
+    def __init__(self, weight, *, rank, gap, scale, betas, eps, weight_decay):
+        self.weight, self.rank, self.gap, self.scale = weight.copy(), rank, gap, scale
+        self.betas, self.eps, self.weight_decay, self.step = betas, eps, weight_decay, 0
+
+    def refresh(self, gradient, rows):
+        norms = [math.sqrt(sum(entry**2 for entry in row)) for row in gradient]
+        chosen = sorted(range(len(norms)), key=lambda i: -norms[i])[: self.rank] if rows is None else rows
+        self.projector = np.zeros((len(norms), self.rank))  # P
+        for k, i in enumerate(chosen):
+            self.projector[i, k] = 1.0 if rows is None else 1 / math.sqrt(self.rank * norms[i] / sum(norms))
+        self.first, self.second = np.zeros((self.rank, gradient.shape[1])), np.zeros((self.rank, gradient.shape[1]))
+        self.age = 0
+
+    def update(self, gradient, lr, rows=None):
+        if self.step % self.gap == 0:
+            self.refresh(gradient, rows)
+        self.step, self.age = self.step + 1, self.age + 1
+        low = self.projector.T @ gradient
+        direction = np.zeros_like(low)
+        beta1, beta2 = self.betas
+        for i in range(low.shape[0]):
+            for j in range(low.shape[1]):
+                self.first[i, j] = beta1 * self.first[i, j] + (1 - beta1) * low[i, j]
+                self.second[i, j] = beta2 * self.second[i, j] + (1 - beta2) * low[i, j] ** 2
+                correction = math.sqrt(1 - beta2**self.age) / (1 - beta1**self.age)
+                direction[i, j] = correction * self.first[i, j] / (math.sqrt(self.second[i, j]) + self.eps)
+        self.weight = self.weight - lr * (self.scale * self.projector @ direction + self.weight_decay * self.weight)

@@ -20,6 +20,8 @@ ADAPTERS = {
     "lora_and_embedding": (lambda: adapters.lora(also_train=["word_embeddings"]), ["value", "down"]),
     "ssf": (adapters.ssf, ["value", "up"]),
     "hydra": (lambda: adapters.hydra(dropout=0.1), ["output", "down"]),
+    "multilora": (lambda: adapters.multilora(dropout=0.1), ["value", "down"]),
+    "pissa": (lambda: adapters.lora(dropout=0.1, init="pissa"), ["value", "down"]),
 }
 STEPS, BREAK = 6, 3
 
@@ -35,8 +37,8 @@ class Sentences(Dataset):
 
 def make(name: str, weights: str, fresh: bool) -> nn.Module:
     build, layers = ADAPTERS[name]
-    model = getattr(adapters, weights)().apply(adapters.network("roberta"), adapters.config())
-    model = build().apply(model, adapters.config())
+    config = adapters.config(adapter=build(), weights=getattr(adapters, weights)())
+    model = config.adapter.apply(config.weights.apply(adapters.network("roberta"), config), config)
     if layers:
         apply_velora(model, layers, sub_token_size=8)
         if fresh:

@@ -16,8 +16,13 @@ from velora.nn.adapter_state import load_adapter, merge_adapter, save_adapter, s
 from velora.nn.apply import velora_layers
 from velora.nn.twin import VeloraTwin
 
-ADAPTERS = {"lora": adapters.lora, "ssf": adapters.ssf, "hydra": adapters.hydra}
-VELORA_LAYERS = {"lora": ["value", "down"], "ssf": ["value", "up"], "hydra": ["output", "down"]}
+ADAPTERS = {"lora": adapters.lora, "ssf": adapters.ssf, "hydra": adapters.hydra, "multilora": adapters.multilora}
+VELORA_LAYERS = {
+    "lora": ["value", "down"],
+    "ssf": ["value", "up"],
+    "hydra": ["output", "down"],
+    "multilora": ["value", "down"],
+}
 
 
 def adapted(family, name, weights=None, seed=0):

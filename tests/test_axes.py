@@ -68,18 +68,23 @@ SMALLER = {
     "checkpoint": {"saved"},
     "galore": {"optimizer"},
     "flora": {"optimizer"},
+    "grass": {"optimizer"},
+    "grass_velora": {"optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},
     "lora": {"gradients", "optimizer"},
     "ssf": {"gradients", "optimizer"},
     "hydra": {"gradients", "optimizer"},
+    "multilora": {"gradients", "optimizer"},
     "qlora": {"weights", "gradients", "optimizer"},
+    "qpissa": {"weights", "gradients", "optimizer"},
 }
-FREE = {"lora": {"saved"}, "ssf": {"saved"}, "hydra": {"saved"}, "qlora": {"saved"}}
+FREE = {method: {"saved"} for method in ("lora", "ssf", "hydra", "multilora", "qlora", "qpissa")}
 SMALL = 0.02  # added modules, directions and step counters may add this much of full training's bytes to a term ...
 ADDED = {
     "lora": 0.12,
     "ssf": 0.12,
     "hydra": 0.12,
+    "multilora": 0.12,
 }  # ... and these adapters their own parameters, large beside tiny networks
 
 
@@ -97,14 +102,19 @@ def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "with_velora"),
-    [("lora", "lora_velora"), ("ssf", "ssf_velora"), ("hydra", "hydra_velora"), ("qlora", "qlora_velora")],
+    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "qlora", "grass")],
 )
-def test_velora_on_an_adapter_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
+def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
     before, after = terms(model, plain), terms(model, with_velora)
     assert after["saved"] < before["saved"]
     assert after["gradients"] == before["gradients"]
     assert after["optimizer"] == before["optimizer"]
     assert 0 <= after["weights"] - before["weights"] <= SMALL * before["weights"]  # the directions
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_pissa_over_four_bits_takes_what_lora_takes(model):
+    assert terms(model, "qpissa") == terms(model, "qlora")
 
 
 @pytest.mark.parametrize("model", FAMILIES)

@@ -117,6 +117,9 @@ VALUES = {
     "one as truth": Bad("trainer.compile=1", ("trainer.compile=1 is not valid", "true or false")),
     "float as integer": Bad("trainer.max_steps=10.0", ("trainer.max_steps=10.0 is not valid", "an integer")),
     "float as rank": Bad("method=galore optimizer.rank=1.0", ("optimizer.rank=1.0", "an integer or less than 1")),
+    "selection of rows": Bad(
+        "method=grass optimizer.selection=best", ("optimizer.selection=best", "'top' or 'sampled'")
+    ),
     "text as integer": Bad(
         "trainer.batch_size='16'", ("trainer.batch_size=16", "an integer; leave out the quotes", "${oc.decode:")
     ),
@@ -159,6 +162,8 @@ VALUES = {
     "no data folder": Bad("data.root=nowhere", ("data.root=nowhere is not a folder", "leave it out")),
     "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
     "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),
+    "no branch": Bad("method=multilora adapter.num_branches=0", ("adapter.num_branches=0", "greater than 0")),
+    "no round": Bad("method=qpissa adapter.pissa_rounds=0", ("adapter.pissa_rounds=0", "greater than 0")),
     "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
     "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
     "class of ours": Bad(
@@ -429,7 +434,7 @@ SHARDED = {
             (f"optimizer={optimizer} with trainer.sharding=fsdp: it needs whole parameters", "use optimizer=adamw"),
             environment=TWO,
         )
-        for optimizer in ("adafactor", "adamw_8bit", "galore", "flora", "lomo")
+        for optimizer in ("adafactor", "adamw_8bit", "galore", "grass", "flora", "lomo")
     },
     "another word": Bad("trainer.sharding=zero3", ("trainer.sharding=zero3", "'none' or 'fsdp'")),
 }

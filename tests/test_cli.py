@@ -60,7 +60,10 @@ def test_globs_reach_nested_values_and_never_match_nothing(tmp_path):
     assert written(["-m", "task=glob(glue/s*)", "seed=1"]) == ["-m", "task=glue/sst2,glue/stsb", "seed=1"]
     assert written(["-m", "--config-dir", str(tmp_path), "task=glob(mine/*)"])[-1] == "task=mine/a"
     assert written(["-m", "task=glob([manual,glue/s*],exclude=glue/stsb)"])[-1] == "task=glue/sst2,manual"
-    assert written(["-m", "method=glob(*,exclude=[*lora*,s*,f*])"])[-1] == "method=checkpoint,galore,hydra,linear_probe"
+    assert (
+        written(["-m", "method=glob(*,exclude=[*lora*,s*,f*,q*])"])[-1]
+        == "method=checkpoint,galore,grass,hydra,linear_probe"
+    )
     assert written(["task=glob(man*)"]) == ["task=manual"]
     assert "glue/sst2" not in written(["-m", "task=glob(*)"])[-1]
     untouched = ["trainer.batch_size=4", "data.root='/a,b'", "~experiment", "+trainer.compile=true"]

@@ -14,8 +14,9 @@ from loop_helpers import LLAMA, config_of, steps_of, train, write_texts
 
 FILE = Path(__file__).parent / "curves.json"
 METHODS = (
-    "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "flora", "velora", "velora_all",
-    "lora_velora", "qlora_velora", "ssf_velora", "hydra_velora", "checkpoint",
+    "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "grass", "flora", "velora", "velora_all",
+    "lora_velora", "qlora_velora", "ssf_velora", "hydra_velora", "multilora", "multilora_velora", "qpissa", "grass_velora",
+    "checkpoint",
 )  # fmt: skip
 
 

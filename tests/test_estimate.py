@@ -31,7 +31,7 @@ FAMILIES = {
 }
 METHODS = [
     "full", "linear_probe", "lora", "lora_velora", "qlora", "qlora_velora", "ssf", "ssf_velora", "hydra",
-    "hydra_velora", "galore", "flora", "velora", "checkpoint",
+    "hydra_velora", "multilora", "multilora_velora", "qpissa", "galore", "flora", "velora", "checkpoint",
 ]  # fmt: skip
 NO_CLIPPING = "trainer.max_grad_norm=null"
 ALONG_THE_AXES = [
@@ -45,6 +45,9 @@ ALONG_THE_AXES = [
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING],
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=galore", "optimizer.bits=8"],
+    ["method=grass"],
+    ["method=grass_velora", "optimizer.selection=sampled"],
+    ["method=grass", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=checkpoint", "recompute.every_n_layers=2"],
     ["method=lora", "recompute=blocks", "recompute.lean=false"],
     ["method=velora_all", "recompute=blocks", "recompute.lean=false"],

@@ -18,7 +18,7 @@ TEXT = [*LLAMA[1:], "task=c4", "task.folder=short", "task.shuffle_buffer=4"]
 
 CONFIGURATIONS: dict[str, list[str]] = {
     **{method: [*TEXT, f"method={method}"] for method in (
-        "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "flora", "velora", "velora_all",
+        "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "grass", "flora", "velora", "velora_all",
         "lora_velora", "qlora_velora", "hydra_velora", "checkpoint",
     )},
     "ssf_velora": [*TEXT, "method=ssf_velora", "activations.sub_token_size=16"],
@@ -27,6 +27,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "lomo": [*TEXT, "method=full", "optimizer=lomo", "trainer.max_grad_norm=null"],
     "galore 8 bit": [*TEXT, "method=galore", "optimizer.bits=8"],
     "galore layer-wise": [*TEXT, "method=galore", "optimizer.layerwise=true", "trainer.max_grad_norm=null"],
+    "grass, sampled": [*TEXT, "method=grass_velora", "optimizer.selection=sampled", "optimizer.update_gap=3"],
     "flora layer-wise, accumulated": [
         *TEXT, "method=flora", "optimizer.layerwise=true", "trainer.max_grad_norm=null", "trainer.micro_batch_size=4",
     ],

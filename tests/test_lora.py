@@ -96,13 +96,6 @@ def test_half_precision_base_has_float32_adapters_and_a_float32_head():
     assert all(p.grad is not None for p in adapters.trained(model).values())
 
 
-def test_pissa_over_four_bits_is_refused():
-    sentences = list(adapters.lora(init="pissa").problems(adapters.config(weights=adapters.nf4())))
-    assert len(sentences) == 1
-    assert "adapter.init=pissa with weights=nf4" in sentences[0]
-    assert not list(adapters.lora(init="olora").problems(adapters.config(weights=adapters.nf4())))
-
-
 def lora_layer(model):
     return model.get_submodule("base_model.model.model.layers.0.self_attn.v_proj")
 

@@ -73,6 +73,7 @@ REFUSED = {
     "no record": ("--storages", "--storages goes into the record of --save DIR"),
     "no ledger": ("--by role --no-ledger", "--by is about the ledger"),
     "full rank": ("method=galore optimizer.rank=128", "rank 128 for model.layers.0.self_attn.q_proj of shape (128, 128)"),
+    "all rows": ("method=grass optimizer.rank=128", "shape (128, 128); it must be between 1 and 127: a full rank saves"),
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from tiny import tiny_llama, tiny_roberta, tiny_vit, token_batch
 from velora.cli import conf_dir
 from velora.config.parts import Optimizer, part_class
 from velora.errors import ConfigError
-from velora.optim import Adafactor, Flora, GaLoreAdamW, Lomo
+from velora.optim import Adafactor, Flora, GaLoreAdamW, GrassAdamW, Lomo
 from velora.optim.groups import weight_decay_groups
 
 FILES = sorted(Path(conf_dir(), "optimizer").glob("*.yaml"))
@@ -70,6 +70,11 @@ def test_settings_arrive():
     }  # fmt: skip
     assert expected.items() <= optimizer.param_groups[0].items()
     assert optimizer.seed == 7
+    changes = {"scale": 2.0, "selection": "sampled", "update_gap": 9, "eps": 0.1}
+    grass = part("grass", betas=[0.5, 0.6], **changes).build(tiny_llama(), run())
+    assert isinstance(grass, GrassAdamW)
+    assert {**changes, "betas": (0.5, 0.6)}.items() <= grass.param_groups[0].items()
+    assert grass.seed == 7
     flora = part("flora", kappa=9, beta1=0.5, sketched="all", scale_parameter=False).build(tiny_llama(), run())
     assert isinstance(flora, Flora)
     expected = {"kappa": 9, "beta1": 0.5, "sketched": "all", "scale_parameter": False, "clip_threshold": 1.0}
@@ -91,7 +96,7 @@ def test_settings_arrive():
     assert isinstance(part("lomo").build(tiny_llama(), run()), Lomo)
 
 
-@pytest.mark.parametrize("name", ["galore", "flora"])
+@pytest.mark.parametrize("name", ["galore", "grass", "flora"])
 def test_a_fraction_as_rank_follows_each_matrix(name):
     """The shorter side is 32 in all 14 matrices of the tiny LLaMA."""
     for rank, expected in ((0.25, 8), (6, 6)):
@@ -143,6 +148,8 @@ def test_an_unknown_architecture_and_a_missing_role():
     ("name", "changes", "trainer", "sentence"),
     [
         ("galore", {}, {"adapter": "lora"}, "use adapter=full or optimizer=adamw"),
+        ("grass", {}, {"adapter": "lora"}, "use adapter=full or optimizer=adamw"),
+        ("grass", {"layerwise": True}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
         ("flora", {}, {"adapter": "linear_probe"}, "use adapter=full or optimizer=adamw"),
         ("galore", {"layerwise": True}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
         ("galore", {"layerwise": True}, {"precision": "fp16"}, "use trainer.precision=bf16 or fp32"),
@@ -174,12 +181,23 @@ def test_what_can_be_combined_is_not_refused(name, changes, trainer):
     [
         ("galore", {"rank": 1.5}), ("galore", {"rank": 0}), ("galore", {"bits": 4}), ("galore", {"betas": [0.9, 1.0]}),
         ("flora", {"decay_rate": 0.8}), ("flora", {"sketched": "none"}), ("adamw_8bit", {"min_8bit_size": 0}),
-        ("lomo", {"max_grad_value": 0.0}), ("galore", {"layers": []}),
+        ("lomo", {"max_grad_value": 0.0}), ("galore", {"layers": []}), ("grass", {"rank": 1.5}), ("grass", {"update_gap": 0}),
+        ("grass", {"scale": 0.0}), ("grass", {"selection": "best"}),
     ],
 )  # fmt: skip
 def test_values_out_of_range(name, changes):
     with pytest.raises(ValidationError):
         part(name, **changes)
+
+
+def test_the_rank_of_grass_counts_rows():
+    """The tiny LLaMA's up_proj is 48 x 32: 40 of its rows may be picked, where GaLore has at most 31 directions."""
+    optimizer = part("grass", layers=["up"], rank=40).build(tiny_llama(), run())
+    assert optimizer.param_groups[0]["rank"] == 40
+    with pytest.raises(ConfigError, match=r"rank 48 for .* \(48, 32\); it must be between 1 and 47: a full rank saves"):
+        part("grass", layers=["up"], rank=48).build(tiny_llama(), run())
+    with pytest.raises(ConfigError, match="it must be between 1 and 31"):
+        part("galore", layers=["up"], rank=40).build(tiny_llama(), run())
 
 
 def test_tied_weights_stand_once():
@@ -191,13 +209,14 @@ def test_tied_weights_stand_once():
 def test_state_bytes_of_the_tiny_llama():
     """All optimisers on one network: each formula counted here from the shapes."""
     expected = {}
-    attention, mlp, rest = 8 * [(32, 32)], 6 * [(48, 32)], [(64, 32), (64, 32)]  # embedding and head
+    attention, mlp, rest = 8 * [(32, 32)], 4 * [(48, 32)] + 2 * [(32, 48)], [(64, 32), (64, 32)]  # embedding and head
     vectors = 5 * 32  # norms
     dense = sum(m * n for m, n in attention + mlp + rest) + vectors
     low = attention + mlp
     others = sum(m * n for m, n in rest) + vectors
     expected["adamw"] = 4 * (2 * dense) + 4 * (14 + 2 + 5)  # torch keeps each step counter as an fp32 tensor
     expected["galore"] = 4 * sum(8 * (2 * max(s) + min(s)) for s in low) + 4 * 2 * others
+    expected["grass"] = sum(8 * (2 * 4 * columns + 8) for _, columns in low) + 4 * 2 * others  # rows as 64-bit integers
     factored = sum(m + n for m, n in low + rest) + vectors
     expected["flora"] = 4 * (sum(8 * max(s) for s in low) + sum(m * n for m, n in rest) + vectors + factored)
     expected["adafactor"] = 4 * factored + 4 * (14 + 2 + 5)  # and the size of each parameter

@@ -134,7 +134,12 @@ SECTIONS = {
     "wandb.tags": Read("tracker.py"),
 }
 
-GALORE, FLORA, LORA = "method=galore", "method=flora optimizer.scale_parameter=false", "method=lora"
+GALORE, GRASS, FLORA, LORA = (
+    "method=galore",
+    "method=grass",
+    "method=flora optimizer.scale_parameter=false",
+    "method=lora",
+)
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
 VELORA = "method=velora activations.layers=[value,down] activations.sub_token_size=16"
@@ -156,6 +161,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "dropout": Network(0.5, LORA),
         "targets": Network(["down"], LORA),
         "init": Network("olora", LORA),
+        "pissa_rounds": Network(1, "method=qpissa"),
         "also_train": Network(["*.norm"], LORA),
     },
     "adapter=hydra": {
@@ -165,6 +171,13 @@ PARTS: dict[str, dict[str, Any]] = {
         "targets": Network(["up"], "method=hydra"),
         "per_task": Network({"manual": {"scale": 3.0, "dropout": 0.0}}, "method=hydra"),
         "also_train": Network(["*.norm"], "method=hydra"),
+    },
+    "adapter=multilora": {
+        "num_branches": Network(2, "method=multilora"),
+        "rank": Network(2, "method=multilora"),
+        "dropout": Network(0.5, "method=multilora"),
+        "targets": Network(["down"], "method=multilora"),
+        "also_train": Network(["*.norm"], "method=multilora"),
     },
     "adapter=ssf": {
         "targets": Network(["value"], "method=ssf"),
@@ -198,6 +211,16 @@ PARTS: dict[str, dict[str, Any]] = {
         "bits": Network(8, GALORE),
         "betas": Network([0.5, 0.9], GALORE),
         "eps": Network(0.1, GALORE),
+    },
+    "optimizer=grass": {
+        "layers": Network(["value"], GRASS),
+        "rank": Network(2, GRASS),
+        "layerwise": Network(True, GRASS),
+        "selection": Network("sampled", GRASS),
+        "update_gap": Network(1, GRASS),
+        "scale": Network(3.0, GRASS),
+        "betas": Network([0.5, 0.9], GRASS),
+        "eps": Network(0.1, GRASS),
     },
     "optimizer=flora": {
         "layers": Network(["value"], FLORA),
@@ -393,7 +416,7 @@ def both(key: str, effect: Any, *overrides: str) -> tuple[Config, Config]:
 @pytest.mark.parametrize("key", entries(Network))
 def test_it_changes_the_network_or_its_training(key: str) -> None:
     effect = EFFECTS[key]
-    if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "qlora" in effect.base:
+    if key.startswith("optimizer=adamw_8bit") or effect.value == 8 or "method=q" in effect.base:
         pytest.importorskip("bitsandbytes", minversion="0.50")
     vision = TINY_RESNET if key.startswith("model=convnet") else TINY_VIT
     overrides = vision if effect.vision else ("method=full", *SMALL)

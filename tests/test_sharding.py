@@ -22,7 +22,7 @@ from loop_helpers import LLAMA, ROBERTA, config_of, lines_of, steps_of, train
 from safetensors.torch import load_file
 from torch import nn
 
-from velora.config.optimizer import LOMO, Adafactor, AdamW, AdamW8bit, FLoRA, GaLore
+from velora.config.optimizer import LOMO, Adafactor, AdamW, AdamW8bit, FLoRA, GaLore, Grass
 from velora.config.run import Config, differing_keys
 from velora.errors import ConfigError, Diverged
 from velora.run.arguments import training_arguments, use_one_device
@@ -201,7 +201,7 @@ def test_runs_of_versions_without_the_key_are_runs_that_are_not_sharded():
 
 def test_which_optimisers_take_shards():
     assert AdamW.takes_shards
-    assert not any(kind.takes_shards for kind in (Adafactor, AdamW8bit, FLoRA, GaLore, LOMO))
+    assert not any(kind.takes_shards for kind in (Adafactor, AdamW8bit, FLoRA, GaLore, Grass, LOMO))
 
 
 def test_what_keeps_shards_from_being_written_is_the_error(monkeypatch, tmp_path):

@@ -99,6 +99,7 @@ def test_a_level_changes_nothing_but_what_it_lists():
     ("overrides", "sentence"),
     [
         (("level=small",), "level=small is that of a table's row; give experiment=table2/velora, or -m table=table2"),
+        (("table=table2",), "table=table2: a table is many runs; velora-train -m table=table2 runs them"),
         (("experiment=table2/velora", "level=tiny"), "level=tiny is not known; it is one of paper, memory, small"),
         (("experiment=vtab_ssf", "level=small"), "experiment=vtab_ssf has no such level; it has paper"),
         (("experiment=table1/full", "level=small"), "experiment=table1/full has no such level; it has paper, memory"),

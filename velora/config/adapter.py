@@ -1,11 +1,11 @@
 """Which parameters train (the axis `adapter`): all, the head, or what an adapter inserts.
 
-The mathematics of Hydra and SSF is in `velora/nn`; LoRA is PEFT's.
+The mathematics of Hydra, MultiLoRA, SSF and PiSSA's loop is in `velora/nn`; LoRA is PEFT's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -38,12 +38,32 @@ class InsertedAdapter(Adapter):
 
         return list(dict.fromkeys([*new_head_names(model), *find_modules(model, self.also_train)]))
 
+    def insert(
+        self, model: nn.Module, targets: list[str], config: Config, make: Callable[[nn.Linear], nn.Module], what: str
+    ) -> None:
+        """Freeze `model` and put `make(layer)` in the place of each target, a linear layer that is to have `what`."""
+        from torch import nn
+
+        from velora.nn.head import train_in_float32
+        from velora.nn.swap import replace_modules
+
+        def around(name: str, module: nn.Module) -> nn.Module:
+            if not isinstance(module, nn.Linear):
+                raise ConfigError(f"a {type(module).__name__} takes no {what}; a linear layer does")
+            return make(module)
+
+        model.requires_grad_(False)
+        with seeded(config.seed):
+            replace_modules(model, target_patterns(targets, model, config), around)
+        for name in self.also_trained(model):
+            train_in_float32(model.get_submodule(name))
+
 
 def target_patterns(targets: list[str], model: nn.Module, config: Config) -> list[str]:
     """Glob patterns for the roles and patterns in `targets`; ConfigError for a role that the network does not have."""
     from velora.config.roles import ROLES, roles_of
 
-    roles = roles_of(model)
+    roles = roles_of(model, config.model.roles)
     unknown = [target for target in targets if target in ROLES and target not in roles]
     if unknown:
         raise ConfigError(
@@ -112,6 +132,10 @@ class LoRA(InsertedAdapter):
     authors' code: the network does not start as the pre-trained one; PEFT's initialisation of the same name is another,
     whose product B A is zero), "pissa" (arXiv 2404.02948: principal singular vectors of W, which keeps the rest) or
     "olora" (arXiv 2406.01775: QR of W).
+
+    `pissa_rounds`: over weights in four bits, how often PiSSA's principal part is fitted again to what four bits lose
+    (velora/nn/pissa.py). What is saved then belongs to that remainder: the same configuration loads it, `merge_adapter` makes a
+    plain network of it, and PEFT by itself, over the original weights, does not.
     """
 
     kind: Literal["lora"]
@@ -121,21 +145,33 @@ class LoRA(InsertedAdapter):
     dropout: float = Field(ge=0, lt=1)
     targets: list[str] = Field(min_length=1)
     init: Literal["default", "orthogonal", "pissa", "olora"]
+    pissa_rounds: PositiveInt
 
-    def problems(self, config: Config) -> Iterator[str]:
-        if self.init == "pissa" and config.weights.quantised:
-            yield (
-                f"adapter.init=pissa with weights={config.weights.kind}: PiSSA needs the singular vectors of dense weights; "
-                "use adapter.init=default or olora, or weights=dense"
-            )
+    def quantiser(self, model: nn.Module, config: Config) -> Callable[..., nn.Module]:
+        from velora.nn.pissa import quantise_residual
+        from velora.nn.quantised import quantise_linear
+        from velora.nn.swap import find_modules
+
+        if self.init != "pissa":
+            return super().quantiser(model, config)
+        targets = set(find_modules(model, target_patterns(self.targets, model, config)))
+
+        def quantise(name: str, linear: nn.Linear, **settings: Any) -> nn.Module:
+            if name not in targets:
+                return quantise_linear(linear, **settings)
+            return quantise_residual(linear, rank=self.rank, rounds=self.pissa_rounds, **settings)
+
+        return quantise
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from peft import LoraConfig, get_peft_model
 
         from velora.nn.head import train_in_float32
+        from velora.nn.quantised import is_quantised
         from velora.nn.swap import find_modules
 
         targets = list(find_modules(model, target_patterns(self.targets, model, config)))
+        quantised_pissa = self.init == "pissa" and any(is_quantised(module) for module in model.modules())
         trained_whole = self.also_trained(model)
         for name in trained_whole:
             train_in_float32(model.get_submodule(name))
@@ -145,12 +181,14 @@ class LoRA(InsertedAdapter):
             lora_dropout=self.dropout,
             target_modules=targets,
             modules_to_save=trained_whole or None,
-            init_lora_weights=_INITS[self.init],
+            init_lora_weights=_INITS[self.init] if not quantised_pissa else True,
         )
         with seeded(config.seed), _told_of_four_bits(model):
             adapted = get_peft_model(model, peft_config)
             if self.init == "orthogonal":
                 _draw_orthogonal(adapted)
+        if quantised_pissa:
+            _set_principal(adapted, self.rank, config)
         _drop_frozen_copies(adapted)
         return adapted
 
@@ -164,6 +202,30 @@ def _draw_orthogonal(model: nn.Module) -> None:
         if isinstance(layer, LoraLayer):
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                 nn.init.orthogonal_(factor.weight)
+
+
+def _set_principal(model: nn.Module, rank: int, config: Config) -> None:
+    """B = L / sqrt(s) and A = Rt / sqrt(s), for the factor s on B A: the principal parts, which four bits have left out."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    from velora.nn.pissa import split_dense, take_factors
+    from velora.nn.quantised import is_quantised
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or layer.lora_A["default"].weight.is_meta:
+            continue
+        base = layer.get_base_layer()
+        factors = take_factors(base) if is_quantised(base) else split_dense(base, rank)
+        if factors is None:
+            raise ConfigError(
+                f"adapter.init=pissa: {name} was brought to four bits without it, so weights={config.weights.kind} cannot be "
+                "combined with it; use adapter.init=default or weights=nf4"
+            )
+        root = layer.scaling["default"] ** 0.5
+        with torch.no_grad():
+            layer.lora_B["default"].weight.copy_(factors[0] / root)
+            layer.lora_A["default"].weight.copy_(factors[1] / root)
 
 
 def _drop_frozen_copies(model: nn.Module) -> None:
@@ -265,22 +327,34 @@ class Hydra(InsertedAdapter):
         )
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
-        from torch import nn
-
-        from velora.nn.head import train_in_float32
         from velora.nn.hydra import HydraLinear
-        from velora.nn.swap import replace_modules
 
         settings = self.settings(config.task.name)
 
-        def make(name: str, module: nn.Module) -> nn.Module:
-            if not isinstance(module, nn.Linear):
-                raise ConfigError(f"a {type(module).__name__} takes no Hydra branches; a linear layer does")
-            return HydraLinear(module, rank=self.rank, scale=settings.scale, dropout=settings.dropout)
+        def make(layer: nn.Linear) -> nn.Module:
+            return HydraLinear(layer, rank=self.rank, scale=settings.scale, dropout=settings.dropout)
 
-        model.requires_grad_(False)
-        with seeded(config.seed):
-            replace_modules(model, target_patterns(self.targets, model, config), make)
-        for name in self.also_trained(model):
-            train_in_float32(model.get_submodule(name))
+        self.insert(model, self.targets, config, make, "Hydra branches")
+        return model
+
+
+class MultiLoRA(InsertedAdapter):
+    """Several low-rank branches, each with a learned scale for every output feature (arXiv 2311.11501).
+
+    `rank` is that of one branch. Without LoRA's alpha: the scales, zero at first, are in its place.
+    """
+
+    kind: Literal["multilora"]
+    num_branches: PositiveInt
+    rank: PositiveInt
+    dropout: float = Field(ge=0, lt=1)
+    targets: list[str] = Field(min_length=1)
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.nn.multilora import MultiLoRALinear
+
+        def make(layer: nn.Linear) -> nn.Module:
+            return MultiLoRALinear(layer, num_branches=self.num_branches, rank=self.rank, dropout=self.dropout)
+
+        self.insert(model, self.targets, config, make, "MultiLoRA branches")
         return model

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from velora.config.axes import without_keys_of_other_values
-from velora.config.level import settings_of, with_level
+from velora.config.level import has_level, settings_of, with_level
 from velora.config.processes import check_processes
 from velora.config.read import one_of, shown, unknown_key, unknown_value
 from velora.config.run import Config, is_identity, validate
@@ -70,7 +70,11 @@ def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path])
     raw = {str(k): v for k, v in container.items()}
     take_sweep(raw)
     experiment = raw.get("experiment")
-    if isinstance(experiment, dict) and experiment.get("table"):
+    if (
+        isinstance(experiment, dict)
+        and experiment.get("table")
+        and has_level("paper", str(experiment["name"]), folders)
+    ):
         experiment.setdefault("level", "paper")
     raw["name"] = raw.get("name") or default_name(raw, _without_those_of_the_level(raw, overrides, folders))
     return validate(raw)

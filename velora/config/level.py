@@ -55,7 +55,7 @@ class TableAtLevel(_Read):
     seeds: list[int] = [0]
     settings: Settings = {}
     figures: list[Literal["score", "accounting", "memory", "speed"]] | None = None
-    judged_by: str | None = None  # a search, by another score than the one that the paper prints
+    judged_by: str | None = None  # the score that counts, where it is another than the one that the paper prints
 
     def row(self, name: str) -> RowAtLevel:
         return self.rows.get(name, RowAtLevel()) if isinstance(self.rows, dict) else RowAtLevel()
@@ -128,6 +128,11 @@ def is_score(figure: str) -> bool:
 
 def with_level(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The overrides with `level=...` written out; ConfigError where there is no such level."""
+    if tables := [o for o in overrides if _key(o) == "table"]:
+        name = tables[0].partition("=")[2]
+        raise ConfigError(
+            f"{tables[0]}: a table is many runs; velora-train -m table={name} runs them, experiment={name}/<row> is one of its rows"
+        )
     levels = [o.partition("=")[2] for o in overrides if _key(o) == "level"]
     if not levels:
         return list(overrides)
@@ -154,13 +159,19 @@ def with_level(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return [*chosen, *(o for o in first if _key(o) not in given), *(o for o in rest if o not in chosen)]
 
 
+def has_level(level: str, experiment: str, folders: Sequence[Path]) -> bool:
+    """Whether a row can be run at a level. What is in no file of conf/table/ is as its source published it."""
+    table = read_table(table_of(experiment), folders)
+    return level == "paper" if table is None else table.at(level) is not None
+
+
 def settings_of(experiment: str, level: str, folders: Sequence[Path]) -> list[str]:
     """The overrides that a level stands for in one row; ConfigError names the levels that there are."""
     table = read_table(table_of(experiment), folders)
     row = experiment.partition("/")[2]
     if level not in LEVELS:
         raise ConfigError(unknown_value("level", level, list(LEVELS)))
-    if level != "paper" and (table is None or table.at(level) is None):
+    if not has_level(level, experiment, folders):
         known: list[str] = [*table.levels] if table else ["paper"]
         raise ConfigError(f"level={level}: experiment={experiment} has no such level; it has {one_of(known)}")
     at = table.at(level) if table else None
@@ -169,7 +180,8 @@ def settings_of(experiment: str, level: str, folders: Sequence[Path]) -> list[st
         settings = at.settings | at.row(row).settings
         if searched := list(at.row(row).search):
             settings |= {"++experiment.searched": searched}
-            settings |= {"++experiment.judged_by": at.judged_by} if at.judged_by else {}
+        if at.judged_by:
+            settings |= {"++experiment.judged_by": at.judged_by}
     return [*(f"{key}={as_override(value)}" for key, value in settings.items()), f"++experiment.level={level}"]
 
 

@@ -41,6 +41,9 @@ class LowRankOptimizer(Optimizer):
     """`layers`: roles or patterns, null for every layer that plays a role. `rank`: a number, or a fraction of the shorter side."""
 
     takes_shards: ClassVar[bool] = False  # what it projects is a whole matrix
+    ranks_rows: ClassVar[bool] = (
+        False  # the rank counts rows: it must be smaller than their number, not than the shorter side
+    )
 
     layers: Annotated[list[str], Field(min_length=1)] | None
     rank: PositiveInt | Fraction
@@ -59,7 +62,9 @@ class LowRankOptimizer(Optimizer):
         """Parameter groups: those with a rank, which also get `options`, and the others."""
         from velora.optim.low_rank import low_rank_groups
 
-        return low_rank_groups(model, self.layers, self.rank, config.trainer.weight_decay, **options)
+        return low_rank_groups(
+            model, self.layers, self.rank, config.trainer.weight_decay, of_rows=self.ranks_rows, **options
+        )
 
     def common_options(self, config: Config) -> dict[str, Any]:
         """What every optimiser that can update inside the backward pass is told."""
@@ -171,6 +176,25 @@ class GaLore(LowRankOptimizer):
             eps=self.eps,
             bits=self.bits,
             **self.common_options(config),
+        )
+
+
+class Grass(LowRankOptimizer):
+    ranks_rows: ClassVar[bool] = True
+
+    kind: Literal["grass"]
+    selection: Literal["top", "sampled"]
+    update_gap: PositiveInt
+    scale: PositiveFloat
+    betas: tuple[Beta, Beta]
+    eps: NonNegativeFloat
+
+    def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        from velora.optim.grass import GrassAdamW
+
+        options = {name: getattr(self, name) for name in ("selection", "update_gap", "scale")}
+        return GrassAdamW(
+            self.groups(model, config, **options), betas=self.betas, eps=self.eps, **self.common_options(config)
         )
 
 

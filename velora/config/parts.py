@@ -122,6 +122,13 @@ class Adapter(Part):
 
     trains_base_weights: ClassVar[bool] = False
 
+    def quantiser(self, model: nn.Module, config: Config) -> Callable[..., nn.Module]:
+        """`quantise(name, linear, **settings)`, which brings a linear layer to a frozen form where `weights` has one: the last
+        that is seen of its dense weight. The settings are those of `velora.nn.quantised.quantise_linear`."""
+        from velora.nn.quantised import quantise_linear
+
+        return lambda name, linear, **settings: quantise_linear(linear, **settings)
+
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         raise NotImplementedError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from velora.config.parts import Weights
@@ -97,13 +98,18 @@ class NF4(Weights):
             "use_gpu": config.trainer.device != "cpu",
         }
 
+    def quantiser(self, model: nn.Module, config: Config) -> Callable[[str, nn.Linear], nn.Module]:
+        """What brings a linear layer of `model`, which is called by a name, to four bits; the adapter may have a say."""
+        return partial(config.adapter.quantiser(model, config), **self.quantisation(config))
+
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         from velora.nn.head import head_names
         from velora.nn.quantised import is_quantised, quantise_model
         from velora.nn.swap import bare_layers
 
         cast_parameters(model, self.dense_dtype())
-        quantise_model(model, keep=[*head_names(model), *bare_layers(model)], **self.quantisation(config))
+        keep = [*head_names(model), *bare_layers(model)]
+        quantise_model(model, keep=keep, quantise=self.quantiser(model, config))
         if not any(is_quantised(module) for module in model.modules()):
             raise ConfigError(f"weights=nf4: model={config.model.name} has no linear layer outside its head")
         return model

@@ -22,7 +22,6 @@ from transformers.utils import cached_file
 
 from velora.errors import ConfigError
 from velora.nn.head import head_names, is_within
-from velora.nn.quantised import quantise_linear
 from velora.nn.swap import bare_layers
 
 if TYPE_CHECKING:
@@ -84,16 +83,17 @@ def _fill(network: nn.Module, shards: list[Path], own: set[str], config: Config)
     weights: Any = config.weights
     keep = [*head_names(network), *bare_layers(network)]
     buffers = dict(network.named_buffers())
+    quantise = weights.quantiser(network, config)
     for shard in shards:
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name in own:
-                    _place(network, name, file.get_tensor(name), keep, weights, config)
+                    _place(network, name, file.get_tensor(name), keep, quantise, config)
                 elif name in buffers:
                     buffers[name].copy_(file.get_tensor(name))
 
 
-def _place(network: nn.Module, name: str, tensor: Tensor, keep: list[str], weights: Any, config: Config) -> None:
+def _place(network: nn.Module, name: str, tensor: Tensor, keep: list[str], quantise: Any, config: Config) -> None:
     """One tensor of a file into its module, in four bits where that is a linear layer's weight."""
     if not all(bound.isfinite() for bound in tensor.aminmax()):  # no temporary tensor of this size
         raise ConfigError(
@@ -104,10 +104,10 @@ def _place(network: nn.Module, name: str, tensor: Tensor, keep: list[str], weigh
     module = network.get_submodule(path)
     is_dense = kind != "weight" or type(module) is not nn.Linear or is_within(path, keep)
     # what stays is a copy of its own: the file is mapped no longer than it is read
-    values = tensor.to(weights.dense_dtype(), copy=is_dense)
+    values = tensor.to(config.weights.dense_dtype(), copy=is_dense)  # type: ignore[attr-defined]
     setattr(module, kind, nn.Parameter(values, requires_grad=getattr(module, kind).requires_grad))
     if is_dense:
         return
-    layer = quantise_linear(module, **weights.quantisation(config))  # a bias may still be to come
+    layer = quantise(path, module)  # a bias may still be to come
     parent, _, child = path.rpartition(".")
     setattr(network.get_submodule(parent), child, layer)

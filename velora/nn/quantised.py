@@ -10,7 +10,7 @@ Shapes: D input features, M output features.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import nn
@@ -45,6 +45,12 @@ def own_gpu(environment: Mapping[str, str], num_visible: int) -> int | None:
     return int(rank) if rank.isdecimal() and int(rank) < num_visible else torch.cuda.current_device()
 
 
+def worker_for(home: torch.device, use_gpu: bool) -> torch.device:
+    """Where work on a weight is done that lies on `home`: the process's own CUDA device if it may, else there."""
+    index = own_gpu(os.environ, torch.cuda.device_count()) if use_gpu else None
+    return home if index is None else torch.device("cuda", index)
+
+
 def quantise_linear(
     linear: nn.Linear,
     *,
@@ -72,9 +78,7 @@ def quantise_linear(
     if linear.weight.is_meta:  # an estimate: codes and scales of the right sizes, which `to` would not make
         layer.weight = weight._quantize(linear.weight.device)
     else:
-        index = own_gpu(os.environ, torch.cuda.device_count()) if use_gpu else None
-        worker = linear.weight.device if index is None else torch.device("cuda", index)
-        layer.weight = weight.to(worker).to(linear.weight.device)
+        layer.weight = weight.to(worker_for(linear.weight.device, use_gpu)).to(linear.weight.device)
     layer.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
     # On CPUs with AVX512-BF16 an evaluation would repack the codes for a kernel that has no backward pass, and the next
     # training step would silently lose its gradients.
@@ -83,10 +87,14 @@ def quantise_linear(
     return layer
 
 
+def dequantised(layer: nn.Module) -> torch.Tensor:
+    """The weight (M x D) that a four-bit layer stands for, in the dtype that it had before."""
+    return _bitsandbytes().functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
 def dense_linear(layer: nn.Module) -> nn.Linear:
     """A plain nn.Linear with the dequantised weight (in the layer's compute dtype); shares the bias."""
-    bnb = _bitsandbytes()
-    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
+    weight = dequantised(layer).to(layer.compute_dtype)  # type: ignore[arg-type]
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)  # (M, D)
     linear.bias = (
@@ -95,18 +103,11 @@ def dense_linear(layer: nn.Module) -> nn.Linear:
     return linear.train(layer.training)
 
 
-def quantise_model(
-    model: nn.Module,
-    *,
-    keep: Collection[str],
-    quant_type: str,
-    double_quant: bool,
-    compute_dtype: torch.dtype,
-    use_gpu: bool = True,
-) -> int:
+def quantise_model(model: nn.Module, *, keep: Collection[str], quantise: Callable[[str, nn.Linear], nn.Module]) -> int:
     """Replace every nn.Linear, in place, but those below a module named in `keep`; returns how many were replaced.
 
-    Layer by layer, so that beside the model itself only one layer is in memory twice.
+    `quantise(name, linear)` makes what takes its place. Layer by layer, so that beside the model itself only one layer is in
+    memory twice.
     """
     names = [
         name
@@ -116,12 +117,5 @@ def quantise_model(
     for name in names:
         parent, _, child = name.rpartition(".")
         holder = model.get_submodule(parent)
-        layer = quantise_linear(
-            getattr(holder, child),
-            quant_type=quant_type,
-            double_quant=double_quant,
-            compute_dtype=compute_dtype,
-            use_gpu=use_gpu,
-        )
-        setattr(holder, child, layer)
+        setattr(holder, child, quantise(name, getattr(holder, child)))
     return len(names)

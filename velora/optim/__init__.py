@@ -1,4 +1,4 @@
-"""Optimisers with a small state, as torch.optim has its own: GaLore, FLoRA, LOMO, and Adafactor with an exact restart."""
+"""Optimisers with a small state, as torch.optim has its own: GaLore, Grass, FLoRA, LOMO, and Adafactor with an exact restart."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -7,11 +7,12 @@ if TYPE_CHECKING:
     from velora.optim.adafactor import Adafactor
     from velora.optim.flora import Flora
     from velora.optim.galore import GaLoreAdamW
+    from velora.optim.grass import GrassAdamW
     from velora.optim.lomo import Lomo
 
-_HOME = {"Adafactor": "adafactor", "Flora": "flora", "GaLoreAdamW": "galore", "Lomo": "lomo"}
+_HOME = {"Adafactor": "adafactor", "Flora": "flora", "GaLoreAdamW": "galore", "GrassAdamW": "grass", "Lomo": "lomo"}
 
-__all__ = ["Adafactor", "Flora", "GaLoreAdamW", "Lomo"]
+__all__ = ["Adafactor", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ Adam's ε stands as in galore-torch, and as in section 2 of Adam's paper, outsid
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class GaLoreAdamW(LayerwiseOptimizer):
     State per low-rank matrix, std, fp32: 4 R (2 max(M, D) + min(M, D)) bytes.
     """
 
+    low_rank_defaults: ClassVar[dict[str, Any]] = LOW_RANK_DEFAULTS
+    ranks_rows: ClassVar[bool] = False  # the rank counts rows, so that it may exceed the number of columns
+
     def __init__(
         self,
         params: Any,
@@ -71,9 +74,9 @@ class GaLoreAdamW(LayerwiseOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if "rank" in param_group:
-            param_group = {**LOW_RANK_DEFAULTS, **param_group}
+            param_group = {**self.low_rank_defaults, **param_group}
         super().add_param_group(param_group)
-        check_rank(self.param_groups[-1])
+        check_rank(self.param_groups[-1], of_rows=self.ranks_rows)
         if self.param_groups[-1]["bits"] == 8:
             require_8bit_kernels(self.param_groups[-1]["params"][0].device)
 
@@ -174,8 +177,8 @@ class GaLoreAdamW(LayerwiseOptimizer):
         return next(i for i, q in enumerate(everything) if q is p)
 
 
-def check_rank(group: dict[str, Any]) -> None:
-    """ConfigError where the `rank` of a parameter group does not fit its parameters."""
+def check_rank(group: dict[str, Any], *, of_rows: bool = False) -> None:
+    """ConfigError where the `rank` of a parameter group does not fit its parameters: their rows, or their shorter side."""
     rank = group.get("rank")
     if rank is None:
         return
@@ -186,5 +189,6 @@ def check_rank(group: dict[str, Any]) -> None:
         label = f"{name} of shape {tuple(p.shape)}" if name else f"a parameter of shape {tuple(p.shape)}"
         if p.ndim != 2:
             raise ConfigError(f"rank={rank}: {label} is not a matrix; leave it to a group without a rank")
-        if min(p.shape) < rank:
-            raise ConfigError(f"rank={rank} is larger than the shorter side of {label}; choose at most {min(p.shape)}")
+        largest, side = (p.shape[0], "number of rows") if of_rows else (min(p.shape), "shorter side")
+        if largest < rank:
+            raise ConfigError(f"rank={rank} is larger than the {side} of {label}; choose at most {largest}")

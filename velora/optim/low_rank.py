@@ -1,4 +1,4 @@
-"""Parameter groups for GaLore and FLoRA: the matrices that get a rank, and all the rest."""
+"""Parameter groups for GaLore, FLoRA and Grass: the matrices that get a rank, and all the rest."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ def low_rank_groups(
     layers: Sequence[str] | None,
     rank: float,
     weight_decay: float,
+    *,
+    of_rows: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Groups of the trainable parameters: the weights of `layers`, with their rank and `options`, before the others.
 
     `layers` are roles or patterns of module names; None stands for every layer that plays a role. A `rank` below 1 is a
-    fraction of each matrix's shorter side, rounded down. ConfigError names every layer that cannot have the rank.
+    fraction of each matrix's shorter side, rounded down. It must be smaller than that side, or with `of_rows` than the number
+    of rows. ConfigError names every layer that cannot have the rank.
     """
     resolved = roles_of(model)
     entries = list(resolved) if layers is None else list(layers)
@@ -37,7 +40,7 @@ def low_rank_groups(
             "name roles or patterns of module names, or set model.roles"
         )
     found = find_modules(model, [pattern for entry in entries for pattern in resolved.get(entry, [entry])])
-    raise_problems(list(_problems(found, rank)))
+    raise_problems(list(_problems(found, rank, of_rows)))
     by_rank: dict[int, list[nn.Parameter]] = {}
     for module in found.values():
         weight = module.weight
@@ -57,7 +60,7 @@ def _rank_of(weight: nn.Parameter, rank: float) -> int:
     return int(rank * min(weight.shape)) if rank < 1 else int(rank)
 
 
-def _problems(found: dict[str, nn.Module], rank: float) -> Iterator[str]:
+def _problems(found: dict[str, nn.Module], rank: float, of_rows: bool) -> Iterator[str]:
     """A sentence for all layers without a matrix, and one for each whose matrix cannot have the rank."""
     matrices = {name: module.weight for name, module in found.items() if _has_matrix(module)}
     without = [name for name in found if name not in matrices]
@@ -68,10 +71,11 @@ def _problems(found: dict[str, nn.Module], rank: float) -> Iterator[str]:
     for name, weight in matrices.items():
         assert isinstance(weight, nn.Parameter)
         resulting = _rank_of(weight, rank)
-        if not 1 <= resulting < min(weight.shape):
+        full = weight.shape[0] if of_rows else min(weight.shape)
+        if not 1 <= resulting < full:
             yield (
                 f"optimizer.rank={rank} is rank {resulting} for {name} of shape {tuple(weight.shape)}; "
-                f"it must be between 1 and {min(weight.shape) - 1}: a full rank saves nothing"
+                f"it must be between 1 and {full - 1}: a full rank saves nothing"
             )
 
 

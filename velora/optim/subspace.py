@@ -122,8 +122,12 @@ def _randomized_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tenso
     return basis @ u, vh
 
 
-def _own(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    factor = factor.to(dtype).clone(memory_format=torch.contiguous_format)
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """`tensor` (contiguous), overwritten with that of rank 0 where several processes train together."""
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.broadcast(factor, src=0)
-    return factor
+        distributed.broadcast(tensor, src=0)
+    return tensor
+
+
+def _own(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return from_rank_zero(factor.to(dtype).clone(memory_format=torch.contiguous_format))

@@ -87,7 +87,10 @@ class Printed:
         return table.at("paper" if self.level == PUBLISHED else self.level) if table else None
 
     def columns(self, kind: str) -> list[Column]:
-        """The printed figures of a kind, place by place; a place of which nothing is printed has those of the others."""
+        """The printed figures of a kind, place by place; a place of which nothing is printed has those of the others.
+
+        At another level than the published one, only figures that some run has.
+        """
         printed = {place: self._printed_at(place, kind) for place in self.places}
         all_places = {place for row in self.rows.values() for place in row}
         anywhere = list(dict.fromkeys(name for place in all_places for name in self._printed_at(place, kind)))
@@ -100,7 +103,13 @@ class Printed:
                 if name
             ]
             anywhere = list(dict.fromkeys([*judged, *anywhere]))
-        return [Column(place, name) for place, names in printed.items() for name in names or anywhere]
+        columns = [Column(place, name) for place, names in printed.items() for name in names or anywhere]
+        return columns if self.level == PUBLISHED else [column for column in columns if self._is_measured(column)]
+
+    def _is_measured(self, column: Column) -> bool:
+        runs = [record for entry in self.entries for record in entry.runs.get(column.place, [])]
+        done = [record for record in runs if record["status"] == "ok"]
+        return not done or any(ours(record, column.figure) is not None for record in done)
 
     def _printed_at(self, place: str, kind: str) -> list[str]:
         names = dict.fromkeys(name for row in self.rows.values() for name in row.get(place, {}))

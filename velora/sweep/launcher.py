@@ -136,7 +136,7 @@ class Sweeps:
             except ConfigError as error:
                 problems.append((" ".join(overrides), str(error)))
         if problems:
-            raise ConfigError(_listing(problems, len(jobs)))
+            raise ConfigError(listing_of_runs(problems, len(jobs)))
         return planned
 
     def _score_of(self, job: Planned) -> float | None:
@@ -169,7 +169,7 @@ def _what_is_run(arguments: Sequence[str]) -> list[str]:
     return [o for o in overrides if not is_sweep_key(o.partition("=")[0].lstrip("+~")) and not _OF_THE_SWEEP.match(o)]
 
 
-def _listing(problems: list[tuple[str, str]], total: int) -> str:
+def listing_of_runs(problems: list[tuple[str, str]], total: int) -> str:
     """One listing of the runs that cannot be started; a sentence that holds for several is said once."""
     said: dict[str, list[str]] = {}
     for overrides, sentence in problems:

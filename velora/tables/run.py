@@ -19,7 +19,8 @@ from velora.config.compose import arguments_of, checked_apart, compose, sweep_of
 from velora.config.level import judge_of
 from velora.config.sweep import SweepConfig, is_sweep_key
 from velora.errors import ConfigError
-from velora.sweep.launcher import digest
+from velora.run.record import Run
+from velora.sweep.launcher import digest, listing_of_runs
 from velora.sweep.outcome import record_of
 from velora.sweep.sweep import Planned, Sweep
 from velora.tables.plan import Asked, Cell, plan
@@ -37,7 +38,9 @@ def run_tables(arguments: Sequence[str]) -> int:
     for sentence in without:
         print(f"{sentence}; it is left out", flush=True)
     settings, runs_dir = _settings(sweep_keys, asked, options.config_dir)
-    batches = [_planned(cell.first(), options.config_dir) for cell in cells]
+    firsts = [cell.first() for cell in cells]
+    jobs = iter(_planned([run for first in firsts for run in first], options.config_dir))
+    batches = [[next(jobs) for _ in first] for first in firsts]
     folder = runs_dir / ".sweep" / (settings.name or f"{'-'.join(asked.tables)[:60]}-{asked.level}-{digest(arguments)}")
     sweep = Sweep(settings, folder, [Path(sys.argv[0]).name, *arguments], own)
     sweep.run([job for batch in batches for job in batch])
@@ -102,7 +105,18 @@ def _settings(sweep_keys: list[str], asked: Asked, config_dir: str | None) -> tu
 
 
 def _planned(runs: Sequence[tuple[str, ...]], config_dir: str | None) -> list[Planned]:
-    return [Planned(list(run), compose(*run, config_dir=config_dir)) for run in runs]
+    """The runs, composed and checked, their folders too; ConfigError with one listing of what is wrong with any of them."""
+    planned, problems = [], []
+    for run in runs:
+        try:
+            config = compose(*run, config_dir=config_dir)
+            Run(config, look=True)
+            planned.append(Planned(list(run), config))
+        except ConfigError as error:
+            problems.append((" ".join(run), str(error)))
+    if problems:
+        raise ConfigError(listing_of_runs(problems, len(runs)))
+    return planned
 
 
 def _best(cell: Cell, jobs: list[Planned]) -> tuple[str, ...] | None:
