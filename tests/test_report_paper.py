@@ -189,6 +189,19 @@ def test_of_a_search_the_best_point_of_the_first_seed_counts(tmp_path):
     assert said in table.remarks
 
 
+def test_of_equal_scores_that_one_counts_which_ran_with_the_other_seeds(tmp_path):
+    for seed, rate in ((0, 1e-4), (0, 1e-3), (1, 1e-3)):
+        run = write_row(
+            tmp_path, "full", "glue/cola", seed, 0.0 if seed == 0 else 0.2, place=f"{rate}", level="small",
+            config={"trainer.learning_rate": rate},
+        )  # fmt: skip
+        record = json.loads((run / "result.json").read_text())
+        record["config"]["experiment"] |= {"level": "small", "searched": ["trainer.learning_rate"]}
+        (run / "result.json").write_text(json.dumps(record))
+    (table,) = paper_tables(records(tmp_path), {})
+    assert rows(table)[1]["glue/cola"] == f"0.1 ± {stdev([0.0, 0.2]):.2g}, n=2"
+
+
 def test_a_search_goes_by_the_score_that_the_experiment_names_and_lower_is_better_for_a_loss(tmp_path):
     for rate, loss in ((1e-3, 2.0), (1e-4, 1.5), (1e-2, 3.0)):
         experiment = {

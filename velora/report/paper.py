@@ -224,16 +224,18 @@ def chosen(runs: list[Record]) -> tuple[list[Record], str]:
         return runs, ""
     judge = judge_of(runs[0].experiment, runs[0]["task"], runs[0]["model"])
     first_seed = min(record["seed"] for record in runs)
+    ordered = sorted(at, key=lambda point: [natural(value) for value in point])
     scores = {
         point: record.scores[judge.score]
-        for point, records in at.items()
-        for record in records
+        for point in sorted(
+            ordered, key=lambda point: -len(at[point])
+        )  # of equal scores that which went on with other seeds
+        for record in at[point]
         if record["seed"] == first_seed and record["status"] == "ok" and record.scores.get(judge.score) is not None
     }
     if not scores:
         return runs, ""
     best = judge.best(scores, key=scores.__getitem__)
-    ordered = sorted(at, key=lambda point: [natural(value) for value in point])
     said = [" and ".join(map(shown, point)) for point in ordered]
     edge = "; an edge of the grid" if len(keys) == 1 and ordered.index(best) in (0, len(ordered) - 1) else ""
     what = ", ".join(short(key) for key in keys)
