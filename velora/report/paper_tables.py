@@ -104,7 +104,7 @@ def _cell(marks: Notes, runs: list[Record], found: Spread | None, kind: str) -> 
     said += dict.fromkeys(
         f"with {word}"
         for r in done
-        for word in re.findall(r"trainer\.micro_batch_size=\S+", r.command)
+        for word in re.findall(r"trainer\.micro_batch_size=\d+", r.command)
         if kind != "score"
     )
     if found:
@@ -123,7 +123,8 @@ def _about(table: Printed, columns: list[Column], kind: str) -> list[str]:
         elif len({column.place for column in columns}) == len(columns):
             scores = zip(_column_names(columns), (column.figure for column in columns), strict=True)
             said.append("Score: " + ", ".join(f"{name} {figure}" for name, figure in scores) + ".")
-    said.append("n: seeds, where there are several; ± is their sample standard deviation.")
+    if any(len({r["seed"] for r in entry.done(c.place)}) > 1 for entry in table.entries for c in columns):
+        said.append("n: seeds, where there are several; ± is their sample standard deviation.")
     if table.level != PUBLISHED:
         said.append(
             f"Level: {table.level}. This is not the published setting, so no difference to the paper is taken. "
@@ -159,10 +160,12 @@ def _searches(table: Printed, columns: list[Column]) -> list[str]:
 
 
 def _measured(record: Record) -> str:
-    steps = f"{record.steps:,} steps" if record.steps is not None else "steps not recorded"
+    steps = f", {record.steps:,} steps" if record.steps is not None else ", steps not recorded"
+    if record.level == "memory":  # nothing was trained
+        steps = ""
     commit = record["git"].get("commit")
     dirty = ", with uncommitted changes" if record["git"].get("dirty") else ""
-    return f"{record['device'] or 'device not recorded'}, {steps}" + (f", commit {commit[:9]}{dirty}" if commit else "")
+    return f"{record['device'] or 'device not recorded'}{steps}" + (f", commit {commit[:9]}{dirty}" if commit else "")
 
 
 def _tests(table: Printed, columns: list[Column]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from velora.config.compose import arguments_of, checked_apart, compose, sweep_of
-from velora.config.level import judge_of
+from velora.config.level import judge_of, table_of
 from velora.config.sweep import SweepConfig, is_sweep_key
 from velora.errors import ConfigError
 from velora.run.record import Run
@@ -54,7 +54,7 @@ def run_tables(arguments: Sequence[str]) -> int:
         if further:
             sweep.run(_planned(further, options.config_dir))
     status = sweep.close()
-    print(f"the tables: {' && '.join(f'velora-report {place}' for place in _places(asked, runs_dir))}")
+    print(f"the tables: {' && '.join(f'velora-report {place}' for place in _places(cells, asked.level, runs_dir))}")
     return status
 
 
@@ -131,6 +131,6 @@ def _best(cell: Cell, jobs: list[Planned]) -> tuple[str, ...] | None:
     return judge.best(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def _places(asked: Asked, runs_dir: Path) -> list[Path]:
-    below = runs_dir if asked.level == "paper" else runs_dir / asked.level
-    return [below / table for table in asked.tables]
+def _places(cells: Sequence[Cell], level: str, runs_dir: Path) -> list[Path]:
+    below = runs_dir if level == "paper" else runs_dir / level
+    return [below / table for table in dict.fromkeys(table_of(cell.experiment) for cell in cells)]
