@@ -33,6 +33,7 @@ from velora.run.environment import git_state, versions
 from velora.run.files import why, write_whole
 from velora.run.notes import note
 from velora.run.schema import (
+    OF_SHAPES,
     Memory,
     MetricsLine,
     Parameters,
@@ -207,7 +208,8 @@ class Run:
         metrics = dict(parts.get("metrics", {}))
 
         def chosen(part: str, keys: Any) -> dict[str, Any]:
-            return {key: parts.get(part, {}).get(key) for key in keys}
+            found = {key: parts.get(part, {}).get(key) for key in keys}
+            return {key: value for key, value in found.items() if value is not None or key not in OF_SHAPES}
 
         return _plain(
             {

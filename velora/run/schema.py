@@ -46,6 +46,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
+OF_SHAPES = ("accounting_bytes", "input_activations_bytes")
+"""Keys of `memory` that only records of level `memory` have."""
+
+
 class Memory(_Part):
     """Bytes; null where a term was not measured."""
 
