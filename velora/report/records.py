@@ -192,9 +192,10 @@ def read_records(folder: Path) -> tuple[list[Record], list[Fault]]:
             faults.append(Fault(path, f"is no record of velora-train ({error}); it is left out"))
             continue
         lines, reason = _metrics(path.parent / "metrics.jsonl")
-        if reason and values["status"] == "ok":  # no curve is drawn of another one
+        record = Record(path.parent, values, lines)
+        if reason and values["status"] == "ok" and record.level != "memory":  # no curve is drawn of another one
             faults.append(Fault(path.parent / "metrics.jsonl", reason))
-        records.append(Record(path.parent, values, lines))
+        records.append(record)
     return records, faults
 
 
