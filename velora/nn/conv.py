@@ -25,7 +25,6 @@ Here a grouped convolution is several convolutions side by side, so D is the num
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +32,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.projection import code_unit, compress_channels
-from velora.nn.recipe import Product, forward_may_stop, stand_in
-from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
+from velora.nn.projection import compress_channels, scaled_direction
+from velora.nn.recipe import stand_in
+from velora.nn.split_backward import Gradients, wanted, weight_gradients
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -151,10 +150,7 @@ class VeloraConv(VeloraTwin):
         with torch.no_grad():
             z = self.codes(input, cast_type(input, dtype))
         x = geometry.padded(cast(input, dtype))
-        early = not torch.compiler.is_compiling() and forward_may_stop()
-        later = later_of(self)
-        y = _Conv.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, geometry, later)
-        return Product.apply(y, partial(geometry.convolve, x, self.weight, self.bias, dtype)) if early else y
+        return self.product(_Conv, geometry.convolve, x, z, dtype, geometry)
 
 
 class VeloraConv1d(VeloraConv, nn.Conv1d):
@@ -184,10 +180,10 @@ class _Conv(torch.autograd.Function):
         bias: Tensor | None,
         direction: Tensor,
         scale: float,
+        later: Any,
         dtype: torch.dtype | None,
         early: bool,
         geometry: Geometry,
-        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
         ctx.scale, ctx.geometry, ctx.shape, ctx.later = scale, geometry, x.shape, later
@@ -203,15 +199,12 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
-        dx = dw = db = None
+        dx = None
         needed = wanted(ctx)
         if needed[0]:
             w = weight.to(dy.dtype) if ctx.format is None else _in_format(weight.to(dy.dtype), ctx.format)
             dx = geometry.gradients(dy, stand_in(dy, *ctx.shape), w, (True, False, False))[0]
-        if needed[2] or needed[3]:
-            bias_dtype = ctx.bias_dtype if needed[3] else None
-            compute = partial(_gradients, geometry, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
-            dw, db = now_or_later(ctx.later, compute)
+        dw, db = weight_gradients(ctx, needed, _gradients, geometry, dy, z, weight, direction)
         return dx, None, dw, db, None, None, None, None, None, None
 
 
@@ -233,6 +226,6 @@ def _gradients(
     _, c, db = geometry.gradients(dy, geometry.padded(z), w, mask)  # (M, G, K), (M)
     if of_weight:
         dw = torch.empty_like(weight)
-        v = scale * code_unit(z.dtype, size) * direction  # (S)
+        v = scaled_direction(z, direction, scale)  # (S)
         torch.mul(c.unsqueeze(2), v.view(size, *[1] * (dw.dim() - 2)), out=dw.unflatten(1, (groups, size)))
     return dw, None if db is None else db.to(bias_dtype)

@@ -21,17 +21,16 @@ y, dx and db are exact, bit for bit those of nn.Linear.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from velora.nn.first_order import refuse_second_derivative
-from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.recipe import Product, forward_may_stop, linear, stand_in
-from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
+from velora.nn.first_order import first_order
+from velora.nn.projection import scaled_direction, sum_over_tokens
+from velora.nn.recipe import linear, stand_in
+from velora.nn.split_backward import Gradients, wanted, weight_gradients
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -56,10 +55,7 @@ class VeloraLinear(VeloraTwin, nn.Linear):
         dtype = autocast_dtype(input.device)
         with torch.no_grad():
             z = self.codes(input, cast_type(input, dtype))
-        x = cast(input, dtype)
-        early = not torch.compiler.is_compiling() and forward_may_stop()
-        y = _Linear.apply(x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, later_of(self))
-        return Product.apply(y, partial(linear, x, self.weight, self.bias, dtype)) if early else y
+        return self.product(_Linear, linear, cast(input, dtype), z, dtype)
 
 
 class _Linear(torch.autograd.Function):
@@ -79,9 +75,9 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         direction: Tensor,
         scale: float,
+        later: Any,
         dtype: torch.dtype | None,
         early: bool,
-        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
         ctx.scale, ctx.later = scale, later
@@ -92,20 +88,13 @@ class _Linear(torch.autograd.Function):
         return linear(x, weight, bias, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
+    @first_order(NO_SECOND_DERIVATIVE)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
-        dx = dw = db = None
         needed = wanted(ctx)
-        with torch.no_grad():
-            dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-            if needed[0]:
-                dx = (dy @ weight.to(dy.dtype)).view(ctx.shape)
-            if needed[2] or needed[3]:
-                bias_dtype = ctx.bias_dtype if needed[3] else None
-                compute = partial(_gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
-                dw, db = now_or_later(ctx.later, compute)
-        dx, dw, db = refuse_second_derivative((dx, dw, db), NO_SECOND_DERIVATIVE)
+        dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
+        dx = (dy @ weight.to(dy.dtype)).view(ctx.shape) if needed[0] else None
+        dw, db = weight_gradients(ctx, needed, _gradients, dy, z, weight, direction)
         return dx, None, dw, db, None, None, None, None, None
 
 
@@ -123,6 +112,6 @@ def _gradients(
     if of_weight:
         c = sum_over_tokens(dy, z)  # (M, G)
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+        v = scaled_direction(z, direction, scale)  # (S)
         torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
     return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

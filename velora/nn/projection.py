@@ -65,6 +65,11 @@ def code_unit(dtype: torch.dtype, sub_token_size: int) -> float:
     return 2.0 ** math.ceil(math.log2(sub_token_size) / 2) if dtype == torch.float16 else 1.0
 
 
+def scaled_direction(z: Tensor, direction: Tensor, scale: float) -> Tensor:
+    """What a gradient against the codes z is multiplied by, sub-token by sub-token: scale v (S), in units of the codes."""
+    return scale * code_unit(z.dtype, direction.shape[0]) * direction
+
+
 def compress(x: Tensor, direction: Tensor) -> Tensor:
     """z (N, G): the coordinate of each sub-token of x (..., D) along the direction (S), in the dtype of x, in units of
     `code_unit`."""

@@ -17,15 +17,14 @@ which is one vector-matrix product per group. y, dx and dβ are exact.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from velora.nn.first_order import refuse_second_derivative
-from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
+from velora.nn.first_order import first_order
+from velora.nn.projection import scaled_direction, sum_over_tokens
+from velora.nn.split_backward import Gradients, wanted, weight_gradients
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -70,7 +69,7 @@ class VeloraScaleShift(VeloraTwin, ScaleShift):
         self.observe(x)
         with torch.no_grad():
             z = self.codes(x)
-        return _ScaleShift.apply(x, z, self.weight, self.bias, self.direction, self.scale, later_of(self))
+        return _ScaleShift.apply(x, z, self.weight, self.bias, self.direction, self.scale, self.later())
 
 
 class _ScaleShift(torch.autograd.Function):
@@ -85,30 +84,21 @@ class _ScaleShift(torch.autograd.Function):
         bias: Tensor,
         direction: Tensor,
         scale: float,
-        later: Later | None,
+        later: Any,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
         ctx.scale, ctx.later = scale, later
-        ctx.dtypes = x.dtype, bias.dtype
+        ctx.dtype, ctx.bias_dtype = x.dtype, bias.dtype
         return x * weight + bias
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        (grad_output,) = grad_outputs
+    @first_order(NO_SECOND_DERIVATIVE)
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
-        x_dtype, bias_dtype = ctx.dtypes
-        dx = dgamma = dbeta = None
         needed = wanted(ctx)
-        with torch.no_grad():
-            dy = grad_output.reshape(-1, weight.shape[0])  # (N, D)
-            if needed[0]:
-                dx = (grad_output * weight).to(x_dtype)
-            if needed[2] or needed[3]:
-                compute = partial(
-                    _gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype if needed[3] else None
-                )
-                dgamma, dbeta = now_or_later(ctx.later, compute)
-        dx, dgamma, dbeta = refuse_second_derivative((dx, dgamma, dbeta), NO_SECOND_DERIVATIVE)
+        dy = grad_output.reshape(-1, weight.shape[0])  # (N, D)
+        dx = (grad_output * weight).to(ctx.dtype) if needed[0] else None
+        dgamma, dbeta = weight_gradients(ctx, needed, _gradients, dy, z, weight, direction)
         return dx, None, dgamma, dbeta, None, None, None
 
 
@@ -127,6 +117,5 @@ def _gradients(
         groups = dy.unflatten(1, (-1, direction.shape[0])).transpose(0, 1)  # (G, N, S)
         codes = z.to(dy.dtype).T.unsqueeze(2)  # (G, N, 1)
         sums = sum_over_tokens(codes, groups).squeeze(1)  # (G, S)
-        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
-        dgamma = (sums * v).to(weight.dtype).flatten()
+        dgamma = (sums * scaled_direction(z, direction, scale)).to(weight.dtype).flatten()
     return dgamma, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

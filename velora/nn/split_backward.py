@@ -26,7 +26,6 @@ from velora.nn.twin import VeloraTwin
 
 Gradients = tuple[Tensor | None, Tensor | None]  # of weight and bias
 Compute = Callable[[], Gradients]
-Later = Callable[[Compute], None]
 
 
 def wanted(ctx: Any) -> tuple[bool, ...]:
@@ -91,15 +90,16 @@ def defer_weight_gradients(module: nn.Module) -> DeferredGradients:
     return deferred
 
 
-def later_of(twin: VeloraTwin) -> Later | None:
-    """Where a layer's backward leaves the computation of its weight's gradient; None: nowhere, it is done at once."""
-    if twin.deferred is None or torch.compiler.is_compiling() or not twin.weight.is_leaf:
-        return None
-    return partial(twin.deferred.put, twin)
+def weight_gradients(ctx: Any, needed: tuple[bool, ...], compute: Callable[..., Gradients], *tensors: Any) -> Gradients:
+    """Those of a twin's weight and bias, its function's third and fourth input, as far as they are `needed`; None for the
+    others, and for both where they are put off.
 
-
-def now_or_later(later: Later | None, compute: Compute) -> Gradients:
-    if later is None:
-        return compute()
-    later(compute)
+    They are `compute(*tensors, scale, of_weight, bias_dtype)`; `bias_dtype` is None where no gradient of the bias is wanted.
+    """
+    if not (needed[2] or needed[3]):
+        return None, None
+    now = partial(compute, *tensors, ctx.scale, needed[2], ctx.bias_dtype if needed[3] else None)
+    if ctx.later is None:
+        return now()
+    ctx.later(now)
     return None, None

@@ -11,7 +11,6 @@ See velora/nn/linear.py, where everything else is said.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from velora.nn.first_order import first_order
-from velora.nn.projection import code_unit, sum_over_tokens
-from velora.nn.recipe import Product, forward_may_stop, stand_in
-from velora.nn.split_backward import Gradients, Later, later_of, now_or_later, wanted
+from velora.nn.projection import scaled_direction, sum_over_tokens
+from velora.nn.recipe import stand_in
+from velora.nn.split_backward import Gradients, wanted, weight_gradients
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -42,12 +41,7 @@ class VeloraTransposedLinear(VeloraTwin, Conv1D):
         dtype = autocast_dtype(x.device)
         with torch.no_grad():
             z = self.codes(x, cast_type(x, dtype))
-        x = cast(x, dtype)
-        early = not torch.compiler.is_compiling() and forward_may_stop()
-        y = _TransposedLinear.apply(
-            x, z, self.weight, self.bias, self.direction, self.scale, dtype, early, later_of(self)
-        )
-        return Product.apply(y, partial(_product, x, self.weight, self.bias, dtype)) if early else y
+        return self.product(_TransposedLinear, _product, cast(x, dtype), z, dtype)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -68,9 +62,9 @@ class _TransposedLinear(torch.autograd.Function):
         bias: Tensor,
         direction: Tensor,
         scale: float,
+        later: Any,
         dtype: torch.dtype | None,
         early: bool,
-        later: Later | None,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
         ctx.scale, ctx.shape, ctx.bias_dtype, ctx.later = scale, x.shape, bias.dtype, later
@@ -80,15 +74,10 @@ class _TransposedLinear(torch.autograd.Function):
     @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         z, weight, direction = ctx.saved_tensors
-        dx = dw = db = None
         needed = wanted(ctx)
         dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        if needed[0]:
-            dx = (dy @ weight.to(dy.dtype).T).view(ctx.shape)
-        if needed[2] or needed[3]:
-            bias_dtype = ctx.bias_dtype if needed[3] else None
-            compute = partial(_gradients, dy, z, weight, direction, ctx.scale, needed[2], bias_dtype)
-            dw, db = now_or_later(ctx.later, compute)
+        dx = (dy @ weight.to(dy.dtype).T).view(ctx.shape) if needed[0] else None
+        dw, db = weight_gradients(ctx, needed, _gradients, dy, z, weight, direction)
         return dx, None, dw, db, None, None, None, None, None
 
 
@@ -106,6 +95,6 @@ def _gradients(
     if of_weight:
         c = sum_over_tokens(z, dy)  # (G, M)
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        v = scale * code_unit(z.dtype, direction.shape[0]) * direction  # (S)
+        v = scaled_direction(z, direction, scale)  # (S)
         torch.mul(c.unsqueeze(1), v.unsqueeze(1), out=dw.view(c.shape[0], -1, c.shape[1]))  # (G, S, M)
     return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

@@ -9,6 +9,8 @@ Parameters, hooks, name and everything that refers to it (optimizer, DDP, FSDP, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from velora.nn.projection import INITS, SubTokenStatistics, compress, random_direction, split_width
-from velora.nn.recipe import forward_is_repeated
+from velora.nn.recipe import Product, forward_is_repeated, forward_may_stop
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
@@ -109,6 +111,24 @@ class VeloraTwin(nn.Module):
         assert isinstance(module, cls)
         module._init_velora(num_groups, sub_token_size, scale, init, seed)
         return module
+
+    def later(self) -> Callable[[Callable[[], Any]], None] | None:
+        """Where backward leaves the computation of the weight's gradient; None: nowhere, it is done at once."""
+        if self.deferred is None or torch.compiler.is_compiling() or not self.weight.is_leaf:
+            return None
+        return partial(self.deferred.put, self)
+
+    def product(
+        self: Any, function: Any, compute: Callable[..., Tensor], x: Tensor, z: Tensor, dtype: Any, *more: Any
+    ) -> Tensor:
+        """The output `compute(x, weight, bias, dtype)`, by an autograd function that keeps z in place of x; `more` is for that.
+
+        In a checkpointed region the function has saved before the product is computed, which nobody may need: see
+        recipe.Product.
+        """
+        early = not torch.compiler.is_compiling() and forward_may_stop()
+        y = function.apply(x, z, self.weight, self.bias, self.direction, self.scale, self.later(), dtype, early, *more)
+        return Product.apply(y, partial(compute, x, self.weight, self.bias, dtype)) if early else y
 
     def own_forwards(self) -> list[str]:
         """Attributes of the instance that hold the twin's own forward, as accelerate's hooks keep it in `_old_forward`."""
