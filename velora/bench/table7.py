@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from velora.config.level import printed_for
 from velora.run.shapes import NUM_STEPS, timed_steps
 
 if TYPE_CHECKING:
@@ -65,4 +66,4 @@ def _printed(config: Config, row: Row) -> dict[str, float]:
     """The paper's figures of this row; none for tiny networks."""
     if config.experiment is None or set(TINY) <= set(row):
         return {}
-    return dict(config.experiment.paper.get(f"{config.task.name} {config.model.name}", {}))
+    return dict(printed_for(config.experiment.paper, config.task.name, config.model.name))

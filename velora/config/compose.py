@@ -38,26 +38,31 @@ def compose(*overrides: str, config_dir: str | os.PathLike[str] | None = None) -
     An override chooses a value of a group or sets a key, in the grammar of Hydra; `config_dir` is a folder with groups of your
     own (the command line's --config-dir). Raises ConfigError with the command line's sentence where something is wrong.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-
     check_processes()
     folders = config_folders(config_dir)
     given = with_level([_written(override, folders, multirun=False) for override in overrides], folders)
     own = [f"hydra.searchpath=[{_as_text(f'file://{folder.resolve()}')}]" for folder in folders[1:]]
-    with one_sentence(folders), initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        return configured(hydra_compose("config", [*given, *own]), given, folders)
+    with one_sentence(folders):
+        return configured(_composed([*given, *own]), given, folders)
 
 
-def sweep_of(overrides: Sequence[str]) -> SweepConfig:
-    """The settings of a sweep, from overrides of `sweep.` alone."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+def settings_of_a_sweep(overrides: Sequence[str]) -> tuple[SweepConfig, Path]:
+    """What `sweep.` says and `runs_dir`, from their overrides alone."""
     from omegaconf import OmegaConf
 
-    with one_sentence([conf_dir()]), initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        section = OmegaConf.to_container(hydra_compose("config", list(overrides)).sweep, resolve=True)
-    return take_sweep({"sweep": section})
+    with one_sentence([conf_dir()]):
+        composed = _composed(overrides)
+        section = OmegaConf.to_container(composed.sweep, resolve=True)
+        return take_sweep({"sweep": section}), Path(str(composed.runs_dir))
+
+
+def _composed(overrides: Sequence[str]) -> Any:
+    """What Hydra makes of the overrides, outside of its own command line."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
+        return hydra_compose("config", list(overrides))
 
 
 def configured(composed: Any, overrides: Sequence[str], folders: Sequence[Path]) -> Config:

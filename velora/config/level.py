@@ -108,11 +108,17 @@ class Judge:
         return min if lower else max
 
 
+def printed_for(printed: Mapping[str, Mapping[str, float]], task: str, model: str) -> Mapping[str, float]:
+    """What a row prints for a run: its column is named by task and model, or by the task alone."""
+    return printed.get(f"{task} {model}", printed.get(task, {}))
+
+
 def judge_of(experiment: Mapping[str, Any], task: str, model: str) -> Judge:
     """`judged_by` of an experiment, else the first score that the paper prints in this column, or in any column of the row."""
     printed = experiment.get("paper") or {}
-    places = (f"{task} {model}", task, *printed)
-    figures = [name for place in places for name in printed.get(place, {}) if is_score(name)]
+    figures = [
+        name for found in (printed_for(printed, task, model), *printed.values()) for name in found if is_score(name)
+    ]
     stated = experiment.get("judged_by")
     if not stated and not figures:
         raise ConfigError(
@@ -122,8 +128,8 @@ def judge_of(experiment: Mapping[str, Any], task: str, model: str) -> Judge:
 
 
 def is_score(figure: str) -> bool:
-    """Whether a printed figure is a score, not memory or speed."""
-    return not figure.endswith(("_gb", "_mb", "steps_per_second"))
+    """Whether a printed figure is a score: not memory, a sum of bytes or a speed."""
+    return not figure.endswith(("_gb", "_gib", "steps_per_second"))
 
 
 def with_level(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:

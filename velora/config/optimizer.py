@@ -41,9 +41,7 @@ class LowRankOptimizer(Optimizer):
     """`layers`: roles or patterns, null for every layer that plays a role. `rank`: a number, or a fraction of the shorter side."""
 
     takes_shards: ClassVar[bool] = False  # what it projects is a whole matrix
-    ranks_rows: ClassVar[bool] = (
-        False  # the rank counts rows: it must be smaller than their number, not than the shorter side
-    )
+    ranks_rows: ClassVar[bool] = False  # the rank must be smaller than the number of rows, not than the shorter side
 
     layers: Annotated[list[str], Field(min_length=1)] | None
     rank: PositiveInt | Fraction
@@ -79,9 +77,7 @@ class LowRankOptimizer(Optimizer):
 class AdafactorSettings(Optimizer):
     """The keys of Adafactor, which FLoRA is built on."""
 
-    takes_shards: ClassVar[bool] = (
-        False  # row and column sums of whole matrices, which transformers' class keeps as plain tensors
-    )
+    takes_shards: ClassVar[bool] = False  # row and column sums of whole matrices
 
     beta1: Annotated[float, Field(gt=0, lt=1)] | None
     eps: tuple[PositiveFloat, PositiveFloat]

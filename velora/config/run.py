@@ -147,9 +147,8 @@ class ExperimentConfig(Section):
     unknown: Incidental[str | None] = None
     note: Incidental[str | None] = None
     settings: Incidental[dict[str, dict[str, Any]]] = {}  # those of this run stand in the keys that refer to them
-    paper: Incidental[
-        dict[str, dict[str, float]]
-    ] = {}  # is compared with, not computed with; null: the row is not in the paper
+    # is compared with, not computed with; null: the row is not in the paper
+    paper: Incidental[dict[str, dict[str, float]]] = {}
 
     @field_validator("paper", mode="before")
     @classmethod

@@ -133,9 +133,7 @@ def _print(explanation: Explanation, questions: Questions, by: Any) -> None:
     parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in explanation.accounting.items())
     console.print(f"the paper's accounting (Tables 3, 5b, 6): {human_bytes(counted)} = {parts}", highlight=False)
     for name, value in explanation.paper.items():
-        console.print(
-            f"the paper prints {name} = {value}; estimated {figures.peak.num_bytes / 1e9:.2f} GB", highlight=False
-        )
+        console.print(f"the paper prints {name} = {value}; {explanation.beside(name)}", highlight=False)
     if explanation.ledger is not None:
         console.print(ledger_table(explanation.ledger, by, "\nheld by autograd between forward and backward"))
         console.print(freed_table(explanation.freed, "\nwhat VeLoRA would free of the exact network"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from velora.config.level import printed_for
 from velora.config.parts import Activations
 from velora.config.run import Config
 from velora.errors import ConfigError
@@ -46,6 +47,19 @@ class Explanation:
     measured: MemoryFigures | None
     largest_batch: int | None
     fit_bytes: int | None
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """The sums that Tables 3, 5b and 6 print, by our count, under the names of result.json."""
+        inputs = self.accounting["inputs of trained layers"]
+        return {"accounting_bytes": sum(self.accounting.values()), "input_activations_bytes": inputs}
+
+    def beside(self, printed: str) -> str:
+        """Our figure for one that the paper prints, with its unit: the sum of that name, or the estimated peak."""
+        num_bytes = self.sums.get(printed.replace("_gib", "_bytes"))
+        if num_bytes is not None:
+            return f"by its accounting {num_bytes / 2**30:.2f} GiB"
+        return f"estimated {self.figures.peak.num_bytes / 1e9:.2f} GB"
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary, without the ledger's single storages: `Ledger.to_json` has them."""
@@ -127,14 +141,11 @@ def _not_in_the_estimate(config: Config) -> Iterator[str]:
 
 
 def papers_figures(config: Config) -> dict[str, float]:
-    """The memory that the paper prints for this experiment, task and model: `memory_gb`, or nothing."""
+    """The bytes that the paper prints for this experiment, task and model: a peak (`memory_gb`), or a sum (`..._gib`)."""
     if config.experiment is None:
         return {}
-    for key in (f"{config.task.name} {config.model.name}", config.task.name, config.model.name):
-        found = config.experiment.paper.get(key)
-        if found is not None:
-            return {name: value for name, value in found.items() if name.startswith("memory")}
-    return {}
+    found = printed_for(config.experiment.paper, config.task.name, config.model.name)
+    return {name: value for name, value in found.items() if name.endswith(("_gb", "_gib"))}
 
 
 def _ledger(pretended: Pretended) -> Ledger:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from velora.config.level import printed_for
 from velora.run.files import why
 from velora.run.schema import read_metrics, read_result
 
@@ -49,7 +50,7 @@ class Record:
     @property
     def paper(self) -> dict[str, float]:
         """The figures that the paper prints for this run, if its experiment names any."""
-        return self.printed.get(self.column, {})
+        return dict(printed_for(self.printed, self["task"], self["model"]))
 
     @property
     def experiment(self) -> dict[str, Any]:
@@ -59,13 +60,6 @@ class Record:
     def printed(self) -> dict[str, dict[str, float]]:
         """The paper's figures for the whole row that this run belongs to, by column."""
         return self.experiment.get("paper") or {}
-
-    @property
-    def column(self) -> str:
-        """The column of the row: the task, or task and model where the row prints it so."""
-        both = f"{self['task']} {self['model']}"
-        of_task = self["task"] in self.printed or not self.printed
-        return self["task"] if of_task and both not in self.printed else both
 
     @property
     def table(self) -> str | None:

@@ -9,12 +9,17 @@ from velora.config.run import Config
 from velora.errors import ConfigError
 
 
+def chosen_device(config: Config) -> torch.device:
+    """What `trainer.device` comes to on this machine, whether or not the run can train there."""
+    return torch.device("cuda" if config.trainer.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def training_device(config: Config) -> torch.device:
     """The device of `trainer.device`; ConfigError for one that this machine has not, or a setting that means nothing there."""
     trainer = config.trainer
     if trainer.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("trainer.device=cuda: this machine has no CUDA device; use trainer.device=auto or cpu")
-    device = torch.device("cuda" if trainer.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = chosen_device(config)
     if trainer.precision == "fp16" and device.type == "cpu":
         raise ConfigError(
             "trainer.precision=fp16 scales the loss, which needs a CUDA device, and here the CPU would train; use "

@@ -60,9 +60,7 @@ class Memory(_Part):
     peak_allocated_bytes: Count | None = None
     peak_reserved_bytes: Count | None = None
     peak_estimated_bytes: Count | None = None
-    accounting_bytes: Count | None = (
-        None  # weights and inputs of trained layers, as the paper counts (velora/memory/paper.py)
-    )
+    accounting_bytes: Count | None = None  # weights and inputs of trained layers, as the paper counts
     input_activations_bytes: Count | None = None  # of it, the inputs
 
 

@@ -35,21 +35,19 @@ class Steps:
 def measure_shapes(config: Config, measured: Measured) -> None:
     """Fill in what can be known here; ConfigError where a run of this configuration would raise it."""
     from velora.memory.explain import Questions, explain
+    from velora.run.device import chosen_device, device_name
 
     found = explain(config, Questions(ledger=False))
     figures = found.figures.to_json()
     keys = ("weights_bytes", "gradients_bytes", "optimizer_bytes", "saved_for_backward_bytes")
     measured.memory.update({key: figures[key] for key in keys})
     measured.memory["peak_estimated_bytes"] = figures["peak_bytes"]
-    measured.memory["accounting_bytes"] = sum(found.accounting.values())
-    measured.memory["input_activations_bytes"] = found.accounting["inputs of trained layers"]
+    measured.memory.update(found.sums)
     measured.device = ESTIMATED
     measured.parameters.update(found.parameters)
-    device = _cuda(config)
-    if device is None:
+    device = chosen_device(config)
+    if device.type == "cpu":
         return
-    from velora.run.device import device_name
-
     steps = asdict(timed_steps(config, device))
     measured.device = device_name(device)
     measured.speed["steps_per_second"] = steps["steps_per_second"]
@@ -99,11 +97,3 @@ def forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _cuda(config: Config) -> torch.device | None:
-    """The GPU of the run; None where the CPU would train."""
-    import torch
-
-    chosen = config.trainer.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda") if chosen else None

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from velora.config.compose import arguments_of, checked_apart, compose, sweep_of
+from velora.config.compose import arguments_of, checked_apart, compose, settings_of_a_sweep
 from velora.config.level import judge_of, table_of
-from velora.config.sweep import SweepConfig, is_sweep_key
+from velora.config.sweep import is_sweep_key
 from velora.errors import ConfigError
 from velora.run.record import Run
 from velora.sweep.launcher import digest, listing_of_runs
@@ -37,7 +37,8 @@ def run_tables(arguments: Sequence[str]) -> int:
     cells, without = plan(asked, folders)
     for sentence in without:
         print(f"{sentence}; it is left out", flush=True)
-    settings, runs_dir = _settings(sweep_keys, asked, options.config_dir)
+    of_the_runs = [o for o in asked.overrides if o.startswith("runs_dir=")]
+    settings, runs_dir = settings_of_a_sweep([*sweep_keys, *of_the_runs])
     firsts = [cell.first() for cell in cells]
     jobs = iter(_planned([run for first in firsts for run in first], options.config_dir))
     batches = [[next(jobs) for _ in first] for first in firsts]
@@ -96,12 +97,6 @@ def _one_value(override: str) -> str:
             f"{override}: a table has rows, columns and seeds; give one value, which holds for all of its runs"
         )
     return override
-
-
-def _settings(sweep_keys: list[str], asked: Asked, config_dir: str | None) -> tuple[SweepConfig, Path]:
-    """The sweep's own settings, and where all of it lies."""
-    of_the_runs = [o for o in asked.overrides if o.startswith("runs_dir=")]
-    return sweep_of(sweep_keys), compose(*of_the_runs, config_dir=config_dir).runs_dir
 
 
 def _planned(runs: Sequence[tuple[str, ...]], config_dir: str | None) -> list[Planned]:
