@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from twin_helpers import ROUNDING, gradients, inputs, take_values
 
 from velora.errors import ConfigError
 from velora.memory.freed import layers_that_free_nothing, what_would_be_freed
@@ -23,8 +24,6 @@ N, C, M, S = 2, 8, 6, 4
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TWIN = {1: VeloraConv1d, 2: VeloraConv2d, 3: VeloraConv3d}
 PIXELS = {1: (9,), 2: (6, 7), 3: (4, 5, 3)}
-# One rounding of a dtype; codes, C and the result are rounded once each, so a few of these suffice.
-ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 SETTINGS = [
     {},
     {"stride": 2},
@@ -48,20 +47,8 @@ def pair(dims: int, dtype: torch.dtype = torch.float32, scale: float = 1.0, **se
     settings = {"kernel_size": 3, **settings}
     plain = PLAIN[dims](C, M, dtype=dtype, **settings)
     twin = TWIN[dims](C, M, dtype=dtype, sub_token_size=S, scale=scale, init="random", **settings)
-    with torch.no_grad():
-        for mine, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
-            mine.copy_(theirs)
+    take_values(twin, plain)
     return plain, twin
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """dx, dW and, where there is a bias, db."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from twin_helpers import ROUNDING, gradients, inputs, take_values
 
 from velora import VeloraLinear
 from velora.errors import ConfigError
@@ -30,24 +31,8 @@ def pair(
     torch.manual_seed(0)
     plain = nn.Linear(*features, bias=bias, dtype=dtype)
     twin = VeloraLinear(*features, bias=bias, dtype=dtype, sub_token_size=size, scale=scale, init="random")
-    with torch.no_grad():
-        for mine, theirs in zip(twin.parameters(), plain.parameters(), strict=True):
-            mine.copy_(theirs)
+    take_values(twin, plain)
     return plain, twin
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """dx, dW and, where there is a bias, db."""
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
-
-
-# One rounding of a dtype; the codes, C and the result are rounded once each, so a few of these suffice.
-ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from twin_helpers import ROUNDING
 
 from velora.memory.ledger import measure_saved_bytes
 from velora.memory.storages import AllocationTracker
 from velora.nn.linear_loss import linear_cross_entropy, tokens_in_chunk
 
 N, D, V, CHUNK = 23, 12, 40, 5  # four full chunks and three tokens
-ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 
 
 def factors(dtype: torch.dtype = torch.float32, bias: bool = True) -> list[Tensor | None]:

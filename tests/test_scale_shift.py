@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import reference
 import torch
-from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from twin_helpers import ROUNDING, gradients, inputs, take_values
 
 from velora import VeloraScaleShift
 from velora.nn.scale_shift import ScaleShift
@@ -18,23 +18,8 @@ def pair(dtype: torch.dtype = torch.float32, scale: float = 1.0, size: int = S) 
     torch.manual_seed(0)
     plain = ScaleShift(D, dtype=dtype)
     twin = VeloraScaleShift(D, dtype=dtype, sub_token_size=size, scale=scale, init="random")
-    with torch.no_grad():
-        twin.weight.copy_(plain.weight)
-        twin.bias.copy_(plain.bias)
+    take_values(twin, plain)
     return plain, twin
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)
-
-
-# One rounding of a dtype; codes, sums and the result are rounded once each, so a few of these suffice.
-ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 
 
 def test_plain_layer_is_the_published_equation():

@@ -7,17 +7,16 @@ import copy
 import pytest
 import reference
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
+from twin_helpers import ROUNDING, gradients, inputs
 
 from velora import VeloraLinear, apply_velora, calibrate
 from velora.nn.apply import remove_velora
 from velora.nn.transposed import VeloraTransposedLinear
 
 N, D, M, S = 6, 12, 5, 4
-# One rounding of a dtype; codes, their product and the result are rounded once each, so a few of these suffice.
-ROUNDING = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 
 
 def pair(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[nn.Module, VeloraTransposedLinear]:
@@ -29,15 +28,6 @@ def pair(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[nn.Mod
     apply_velora(model, ["0"], sub_token_size=S, init="random", scale=scale)
     assert type(model[0]) is VeloraTransposedLinear
     return plain, model[0]
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def gradients(layer: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    x = x.detach().requires_grad_()
-    return torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
