@@ -71,6 +71,19 @@ def assert_resume_is_exact(build, dtype: torch.dtype = torch.float32) -> None:
         assert torch.equal(a, b), f"{name} differs after a restart by {(a - b).abs().max()}"
 
 
+def assert_random_by_its_seed_only(build) -> None:
+    """`build(model, seed)`: the same whatever the global generator's state is, and another with another seed."""
+    results = []
+    for seed, noise in ((0, 5), (0, 6), (1, 5)):
+        model = tiny_network()
+        optimizer = build(model, seed)
+        torch.manual_seed(noise)
+        train(model, optimizer, batches(4))
+        results.append(model[0].weight.detach())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all distinct storages in the state."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]

@@ -175,15 +175,7 @@ def test_state_bytes(dtype):
 
 
 def test_draws_depend_on_the_seed_only():
-    results = []
-    for seed, noise in ((0, 5), (0, 6), (1, 5)):
-        model = helpers.tiny_network()
-        optimizer = build(model, selection="sampled", seed=seed)
-        torch.manual_seed(noise)
-        helpers.train(model, optimizer, helpers.batches(4))
-        results.append(model[0].weight.detach())
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
+    helpers.assert_random_by_its_seed_only(lambda model, seed: build(model, selection="sampled", seed=seed))
 
 
 @pytest.mark.parametrize(
