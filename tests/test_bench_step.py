@@ -19,9 +19,9 @@ from velora.bench.step import (
     Wishes,
     compare_points,
     frontier,
-    random_batch,
     table,
 )
+from velora.memory.meter import random_batch
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -46,6 +46,8 @@ def in_turn(
     on_round: Callable[[int], object] = lambda _round: None,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round after the warm-up; `tidy(name)` follows each of them, untimed."""
+    from velora.run.device import synchronise
+
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(warm_up + repeats):
         on_round(round_)
@@ -58,14 +60,6 @@ def in_turn(
                 times[name].append(time.perf_counter() - start)
             tidy(name)
     return times
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for what the device still has queued."""
-    import torch
-
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def quartiles(values: list[float]) -> list[float]:

@@ -162,7 +162,7 @@ class Candidate:
         import torch
 
         from velora.config.compose import compose
-        from velora.memory.meter import network_without_weights, training_loss
+        from velora.memory.meter import network_without_weights, random_batch, training_loss
 
         config = compose(*overrides)
         network = network_without_weights(config).to(wishes.device).train()  # seeded: all points have the same weights
@@ -222,30 +222,6 @@ class Candidate:
                 self.free_gradients()
         peak = meter.figures.peak
         return {"peak_bytes": peak.num_bytes, "peak_terms_bytes": dict(peak.terms), "peak_moment": str(peak.moment)}
-
-
-def random_batch(config: Config, network: nn.Module) -> dict[str, Tensor]:
-    """A batch of the task's shapes: random words, and the same ones as labels of a language model; random images and classes."""
-    import torch
-
-    from velora.memory.meter import synthetic_batch
-
-    device = next(network.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    batch = synthetic_batch(config, config.trainer.examples_per_forward)
-    for name, tensor in batch.items():
-        if name == "input_ids":
-            num_words = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
-            batch[name] = torch.randint(3, num_words, tensor.shape, generator=generator)
-        elif tensor.is_floating_point():
-            batch[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-        elif name == "labels":
-            num_labels = config.task.head(config).num_labels
-            words = batch.get("input_ids")
-            batch[name] = words.clone() if num_labels is None and words is not None else torch.randint(
-                num_labels or 1, tensor.shape, generator=generator
-            )  # fmt: skip
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _differences(found: Mapping[str, Tensor], reference: Mapping[str, Tensor], network: nn.Module) -> dict[str, float]:

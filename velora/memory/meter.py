@@ -107,6 +107,26 @@ def synthetic_batch(
     return batch
 
 
+def random_batch(config: Config, network: nn.Module) -> dict[str, Tensor]:
+    """A batch of the task's shapes: random words, and the same ones as labels of a language model; random images and classes."""
+    device = next(network.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    batch = synthetic_batch(config, config.trainer.examples_per_forward)
+    for name, tensor in batch.items():
+        if name == "input_ids":
+            num_words = network.get_input_embeddings().num_embeddings  # type: ignore[operator]
+            batch[name] = torch.randint(3, num_words, tensor.shape, generator=generator)
+        elif tensor.is_floating_point():
+            batch[name] = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        elif name == "labels":
+            num_labels = config.task.head(config).num_labels
+            words = batch.get("input_ids")
+            batch[name] = words.clone() if num_labels is None and words is not None else torch.randint(
+                num_labels or 1, tensor.shape, generator=generator
+            )  # fmt: skip
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def autocast_dtype(config: Config) -> torch.dtype | None:
     """What trainer.precision lets autocast compute in; None for fp32, without autocast."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.trainer.precision)

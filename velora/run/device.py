@@ -40,3 +40,9 @@ def device_name(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     processes = num_processes()
     return name if processes == 1 else f"{name}, one of {processes} processes"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what the device still has queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -58,9 +58,8 @@ def timed_steps(config: Config, device: torch.device, num_steps: int = NUM_STEPS
     """Whole training steps on one batch. The network is built where it trains: a 7B takes minutes on a CPU."""
     import torch
 
-    from velora.bench.machine import synchronise
-    from velora.bench.step import random_batch
-    from velora.memory.meter import network_without_weights, training_loss, training_steps
+    from velora.memory.meter import network_without_weights, random_batch, training_loss, training_steps
+    from velora.run.device import synchronise
 
     on_cuda = device.type == "cuda"
     with torch.device(device):
