@@ -8,7 +8,7 @@ search itself has chosen it (velora/tables/run.py). How a table looks is in pape
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from velora.config.level import TableAtLevel, is_score, judge_of, read_table
@@ -92,23 +92,21 @@ class Printed:
         At another level than the published one, only figures that some run has.
         """
         printed = {place: self._printed_at(place, kind) for place in self.places}
-        all_places = {place for row in self.rows.values() for place in row}
-        anywhere = list(dict.fromkeys(name for place in all_places for name in self._printed_at(place, kind)))
+        figures = [
+            name for row in self.rows.values() for found in row.values() for name in found if kind_of(name) == kind
+        ]
         if kind == "score":
-            judged = [
-                str(name)
-                for e in self.entries
-                for r in e.runs.values()
-                for name in [r[0].experiment.get("judged_by")]
-                if name
-            ]
-            anywhere = list(dict.fromkeys([*judged, *anywhere]))
+            judges = (record.experiment.get("judged_by") for record in self._runs())
+            figures = [*(str(name) for name in judges if name), *figures]
+        anywhere = dict.fromkeys(figures)
         columns = [Column(place, name) for place, names in printed.items() for name in names or anywhere]
         return columns if self.level == PUBLISHED else [column for column in columns if self._is_measured(column)]
 
+    def _runs(self) -> Iterator[Record]:
+        return (record for entry in self.entries for runs in entry.runs.values() for record in runs)
+
     def _is_measured(self, column: Column) -> bool:
-        runs = [record for entry in self.entries for record in entry.runs.get(column.place, [])]
-        done = [record for record in runs if record["status"] == "ok"]
+        done = [record for entry in self.entries for record in entry.done(column.place)]
         return not done or any(ours(record, column.figure) is not None for record in done)
 
     def _printed_at(self, place: str, kind: str) -> list[str]:
@@ -225,11 +223,10 @@ def chosen(runs: list[Record]) -> tuple[list[Record], str]:
     judge = judge_of(runs[0].experiment, runs[0]["task"], runs[0]["model"])
     first_seed = min(record["seed"] for record in runs)
     ordered = sorted(at, key=lambda point: [natural(value) for value in point])
+    by_runs = sorted(ordered, key=lambda point: -len(at[point]))  # of equal scores that which went on with other seeds
     scores = {
         point: record.scores[judge.score]
-        for point in sorted(
-            ordered, key=lambda point: -len(at[point])
-        )  # of equal scores that which went on with other seeds
+        for point in by_runs
         for record in at[point]
         if record["seed"] == first_seed and record["status"] == "ok" and record.scores.get(judge.score) is not None
     }

@@ -31,12 +31,14 @@ ESTIMATED = "estimated for a CUDA device without one, not measured"
 def paper_tables(records: list[Record], shipped: Rows | None = None) -> list[Table]:
     """For each table and level: its scores, its memory and its speed, as far as the paper prints them."""
     return [
-        _table(table, kind) for table in printed_tables(records, shipped) for kind in table.kinds if table.columns(kind)
+        _table(table, kind, columns)
+        for table in printed_tables(records, shipped)
+        for kind in table.kinds
+        if (columns := table.columns(kind))
     ]
 
 
-def _table(table: Printed, kind: str) -> Table:
-    columns = table.columns(kind)
+def _table(table: Printed, kind: str, columns: list[Column]) -> Table:
     averaged = kind == "score" and len(columns) > 1 and _are_fractions(table, columns)
     head = ["row", "", *_column_names(columns), *(["mean"] if averaged else [])]
     result = Table(f"{table.title}, {kind}, {table.level}", head, [], _about(table, columns, kind), Notes())

@@ -116,14 +116,14 @@ def _planned(runs: Sequence[tuple[str, ...]], config_dir: str | None) -> list[Pl
 
 def _best(cell: Cell, jobs: list[Planned]) -> tuple[str, ...] | None:
     """The point of the search with the best score; None where no run of it has one."""
-    config, scored = jobs[0].config, []
+    config, scores = jobs[0].config, {}
     judge = judge_of(config.raw["experiment"], config.task.name, config.model.name)
     for point, job in zip(cell.points, jobs, strict=True):
         record = record_of(job.config)
         score = None if record is None or record.status != "ok" else record.metrics.get(judge.score)
         if score is not None:
-            scored.append((score, point))
-    return judge.best(scored, key=lambda pair: pair[0])[1] if scored else None
+            scores[point] = score
+    return judge.best(scores, key=scores.__getitem__) if scores else None
 
 
 def _places(cells: Sequence[Cell], level: str, runs_dir: Path) -> list[Path]:
