@@ -94,11 +94,11 @@ class _Linear(torch.autograd.Function):
         needed = wanted(ctx)
         dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
         dx = (dy @ weight.to(dy.dtype)).view(ctx.shape) if needed[0] else None
-        dw, db = weight_gradients(ctx, needed, _gradients, dy, z, weight, direction)
+        dw, db = weight_gradients(ctx, needed, factored_gradients, dy, z, weight, direction)
         return dx, None, dw, db, None, None, None, None, None
 
 
-def _gradients(
+def factored_gradients(
     dy: Tensor,
     z: Tensor,
     weight: Tensor,
@@ -107,7 +107,7 @@ def _gradients(
     of_weight: bool,
     bias_dtype: torch.dtype | None,
 ) -> Gradients:
-    """dW (M, D) and db (M); the latter in its dtype, or None."""
+    """dW (..., M, D) of dy (..., N, M) and z (..., N, G), and db (M); the latter in its dtype, or None."""
     dw = None
     if of_weight:
         c = sum_over_tokens(dy, z)  # (M, G)
