@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from loop_helpers import FAMILIES, LLAMA, config_of, lines_of, train
-from test_train import Killed, kill_when
+from test_train import Killed, curve, kill_when, train_in_two_processes
 from text_helpers import composed
 from torch import nn
 
@@ -323,6 +323,20 @@ def test_a_run_continues_bit_for_bit(reset, save_every, monkeypatch, tmp_path):
     assert len({line["loss"] for line in lines_of(whole) if "loss" in line}) == 7
     one, other = ((config.folder / "model" / "model.safetensors").read_bytes() for config in (whole, broken))
     assert one == other
+
+
+def test_two_processes_share_the_heads(tmp_path):
+    """Head h sees slice h of both processes' micro-batches: those that one process has in two rounds."""
+    common = [*LLAMA, "method=lte_velora", "adapter.merge_every=2", "adapter.reset=true", "trainer.max_steps=5"]
+    train_in_two_processes({"lte": common}, tmp_path)
+    one, two = (config_of(tmp_path / number / "lte", *common, *more) for number, more in (
+        ("one", ["trainer.micro_batch_size=4"]), ("two", []),
+    ))  # fmt: skip
+    train(one)
+    assert len(curve(two)) == 5
+    # fp32: sums in another order, and AdamW divides by roots of small numbers in the steps after the first
+    np.testing.assert_allclose(curve(two)[:1], curve(one)[:1], rtol=1e-5)
+    np.testing.assert_allclose(curve(two), curve(one), rtol=1e-3)
 
 
 def test_a_reset_forgets_the_moments_of_the_heads_alone():
