@@ -70,6 +70,7 @@ SMALLER = {
     "flora": {"optimizer"},
     "grass": {"optimizer"},
     "grass_velora": {"optimizer", "saved"},
+    "grass_velora_factored": {"gradients", "optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},
     "lora": {"gradients", "optimizer"},
     "ssf": {"gradients", "optimizer"},
@@ -112,6 +113,15 @@ def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain,
     assert after["gradients"] == before["gradients"]
     assert after["optimizer"] == before["optimizer"]
     assert 0 <= after["weights"] - before["weights"] <= SMALL * before["weights"]  # the directions
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_factors_shrink_the_state_of_velora_layers_further(model):
+    """S = 16: their moments have a sixteenth of the numbers."""
+    plain, factored = terms(model, "grass_velora"), terms(model, "grass_velora_factored")
+    assert factored["optimizer"] < plain["optimizer"]
+    assert factored["saved"] == plain["saved"]
+    assert factored["weights"] == plain["weights"]
 
 
 @pytest.mark.parametrize("model", FAMILIES)

@@ -120,6 +120,20 @@ VALUES = {
     "selection of rows": Bad(
         "method=grass optimizer.selection=best", ("optimizer.selection=best", "'top' or 'sampled'")
     ),
+    "factors without VeLoRA": Bad(
+        "method=grass_velora_factored activations=exact",
+        ("optimizer.factored=true", "activations=exact", "use activations=velora"),
+    ),
+    "factors of a moving direction": Bad(
+        "method=grass_velora_factored activations.init=running_average",
+        ("activations.init=running_average", "hold for one direction", "use activations.init=fixed_average"),
+    ),
+    "factors at once": Bad(
+        "method=grass_velora optimizer.factored=true", ("optimizer.layerwise=false", "set optimizer.layerwise=true")
+    ),
+    "factors of a traced layer": Bad(
+        "method=grass_velora_factored trainer.compile=true", ("trainer.compile=true", "set trainer.compile=false")
+    ),
     "text as integer": Bad(
         "trainer.batch_size='16'", ("trainer.batch_size=16", "an integer; leave out the quotes", "${oc.decode:")
     ),

@@ -47,6 +47,7 @@ ALONG_THE_AXES = [
     ["method=galore", "optimizer.bits=8"],
     ["method=grass"],
     ["method=grass_velora", "optimizer.selection=sampled"],
+    ["method=grass_velora_factored"],
     ["method=grass", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=checkpoint", "recompute.every_n_layers=2"],
     ["method=lora", "recompute=blocks", "recompute.lean=false"],

@@ -143,6 +143,7 @@ GALORE, GRASS, FLORA, LORA = (
 LTE = "method=lte"
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
+GRASS_VELORA = "method=grass_velora optimizer.layerwise=true trainer.max_grad_norm=null"
 VELORA = "method=velora activations.layers=[value,down] activations.sub_token_size=16"
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -230,6 +231,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "selection": Network("sampled", GRASS),
         "update_gap": Network(1, GRASS),
         "scale": Network(3.0, GRASS),
+        "factored": Network(True, GRASS_VELORA),
         "betas": Network([0.5, 0.9], GRASS),
         "eps": Network(0.1, GRASS),
     },

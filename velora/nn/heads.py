@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.linear import factored_gradients
+from velora.nn.projection import scaled_direction, sum_over_tokens
 from velora.nn.recipe import stand_in
-from velora.nn.split_backward import wanted, weight_gradients
+from velora.nn.split_backward import Gradients, wanted, weight_gradients
 from velora.nn.surroundings import autocast_dtype, cast, cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
@@ -122,5 +122,18 @@ class _Heads(torch.autograd.Function):
         needed = wanted(ctx)
         dx = torch.bmm(dy, weight.to(dy.dtype)).view(ctx.shape) if needed[0] else None
         codes = in_slices(z, len(weight))  # (H, n, G)
-        dw, _ = weight_gradients(ctx, needed, factored_gradients, dy, codes, weight, direction)
+        dw, _ = weight_gradients(ctx, needed, _gradients, dy, codes, weight, direction)
         return dx, None, dw, None, None, None, None, None, None
+
+
+def _gradients(
+    dy: Tensor, codes: Tensor, weight: Tensor, direction: Tensor, scale: float, of_weight: bool, bias_dtype: None
+) -> Gradients:
+    """dA (H, R, D) of dy (H, n, R) and the codes (H, n, G); there is no bias."""
+    if not of_weight:
+        return None, None
+    c = sum_over_tokens(dy, codes)  # (H, R, G)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    v = scaled_direction(codes, direction, scale)  # (S)
+    torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (H, R, G, S), rounded as it is written
+    return dw, None

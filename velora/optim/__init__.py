@@ -8,11 +8,19 @@ if TYPE_CHECKING:
     from velora.optim.flora import Flora
     from velora.optim.galore import GaLoreAdamW
     from velora.optim.grass import GrassAdamW
+    from velora.optim.grass_factors import FactoredGrassAdamW
     from velora.optim.lomo import Lomo
 
-_HOME = {"Adafactor": "adafactor", "Flora": "flora", "GaLoreAdamW": "galore", "GrassAdamW": "grass", "Lomo": "lomo"}
+_HOME = {
+    "Adafactor": "adafactor",
+    "FactoredGrassAdamW": "grass_factors",
+    "Flora": "flora",
+    "GaLoreAdamW": "galore",
+    "GrassAdamW": "grass",
+    "Lomo": "lomo",
+}
 
-__all__ = ["Adafactor", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo"]
+__all__ = ["Adafactor", "FactoredGrassAdamW", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo"]
 
 
 def __getattr__(name: str) -> Any:
