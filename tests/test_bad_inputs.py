@@ -177,6 +177,7 @@ VALUES = {
     "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
     "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),
     "no branch": Bad("method=multilora adapter.num_branches=0", ("adapter.num_branches=0", "greater than 0")),
+    "no head": Bad("method=lte adapter.num_heads=0", ("adapter.num_heads=0", "greater than 0")),
     "no round": Bad("method=qpissa adapter.pissa_rounds=0", ("adapter.pissa_rounds=0", "greater than 0")),
     "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
     "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
@@ -186,6 +187,11 @@ VALUES = {
 }
 
 TOGETHER = {
+    "heads that do not divide": Bad(
+        "method=lte adapter.num_heads=3 trainer.micro_batch_size=4",
+        ("adapter.num_heads=3", "the 4 examples", "trainer.micro_batch_size=4", "give another number"),
+    ),
+    "heads over four bits": Bad("method=lte weights=nf4", ("adapter=lte with weights=nf4", "use weights=dense")),
     "both sizes": Bad("activations.num_groups=4", ("both are given", "set the other to null")),
     "no size": Bad("activations.sub_token_size=null", ("none is given", "exactly one")),
     "no end": Bad("trainer.max_steps=null", ("trainer.max_steps=null", "give one of them")),
@@ -437,6 +443,9 @@ SHARDED = {
     ),
     "four bits": Bad(
         f"method=qlora {FSDP}", ("weights=nf4 with trainer.sharding=fsdp", "use weights=dense"), environment=TWO
+    ),
+    "heads": Bad(
+        f"method=lte {FSDP}", ("adapter=lte with trainer.sharding=fsdp", "trainer.sharding=none"), environment=TWO
     ),
     "loss scaling": Bad(
         f"{FSDP} trainer.precision=fp16", ("trainer.precision=fp16 with", "bf16 or fp32"), environment=TWO

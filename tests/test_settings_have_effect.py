@@ -140,6 +140,7 @@ GALORE, GRASS, FLORA, LORA = (
     "method=flora optimizer.scale_parameter=false",
     "method=lora",
 )
+LTE = "method=lte"
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
 GRASS_VELORA = "method=grass_velora optimizer.layerwise=true trainer.max_grad_norm=null"
@@ -179,6 +180,16 @@ PARTS: dict[str, dict[str, Any]] = {
         "dropout": Network(0.5, "method=multilora"),
         "targets": Network(["down"], "method=multilora"),
         "also_train": Network(["*.norm"], "method=multilora"),
+    },
+    "adapter=lte": {
+        "num_heads": Network(2, LTE),
+        "rank": Network(2, LTE),
+        "alpha": Network(3.0, LTE),
+        "root_alpha": Network(False, LTE),
+        "merge_every": Network(2, LTE),
+        "reset": Network(True, f"{LTE} adapter.merge_every=2"),
+        "targets": Network(["down"], LTE),
+        "also_train": Network(["*.norm"], LTE),
     },
     "adapter=ssf": {
         "targets": Network(["value"], "method=ssf"),
@@ -438,10 +449,11 @@ def _trained(config: Config) -> Any:
     config.activations.calibrate(network, batches[0])
     optimizer = config.optimizer.build(network, config)
     digest = hashlib.sha256()
-    for batch in batches:
+    for step, batch in enumerate(batches, start=1):
         network(**batch).loss.backward()
         _add(digest, [p.grad for p in network.parameters()])
         optimizer.step()
+        config.adapter.after_step(network, config, optimizer, step)
         config.activations.after_step(network)
         optimizer.zero_grad()
     _add(digest, [*network.parameters(), *network.buffers()])
