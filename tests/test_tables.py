@@ -77,7 +77,7 @@ def test_memory_of_table_4_is_of_batch_1():
 
 def test_a_level_stands_for_settings_that_the_user_may_change():
     small = velora.compose("experiment=table2/lora", "level=small", "task=glue/cola")
-    assert (small.model.name, small.trainer.max_steps, small.experiment.level) == ("minilm", 60, "small")
+    assert (small.model.name, small.trainer.max_steps, small.experiment.level) == ("minilm", 200, "small")
     mine = velora.compose(
         "experiment=table2/lora", "level=small", "task=glue/cola", "trainer.max_steps=7", "model=roberta_tiny"
     )
