@@ -96,11 +96,11 @@ class GaLoreAdamW(LayerwiseOptimizer):
         refuse_sharded(gradient)
         state = self.state[p]
         step = state.get("step", 0)
-        if first and step % group["update_proj_gap"] == 0:
+        if first and step % state.get("gap", group["update_proj_gap"]) == 0:
             seed = derive_seed(self.seed, self._index(p), step)
-            left, right = leading_directions(gradient, group["rank"], group["proj_type"], group["svd"], seed)
-            state.update({name: side for name, side in (("left", left), ("right", right)) if side is not None})
-        return project(gradient, self._projector(p))
+            found = leading_directions(gradient, group["rank"], group["proj_type"], group["svd"], seed)
+            self._keep_projector(p, found, group)
+        return project(gradient, self._projector(p, group))
 
     def update_compressed(self, p: Tensor, compressed: Tensor, group: dict[str, Any]) -> None:
         lr, scale = group["lr"], group["scale"]
@@ -111,7 +111,7 @@ class GaLoreAdamW(LayerwiseOptimizer):
         else:
             normalized, correction = self._adam(p, compressed, group)
         p.mul_(1 - lr * group["weight_decay"])
-        full = project_back(normalized.to(p.dtype), self._projector(p))  # M x D
+        full = project_back(normalized.to(p.dtype), self._projector(p, group))  # M x D
         p.add_(full, alpha=-lr * scale * correction)
 
     def _adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
@@ -168,7 +168,11 @@ class GaLoreAdamW(LayerwiseOptimizer):
             state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype)
         return state
 
-    def _projector(self, p: Tensor) -> Projector:
+    def _keep_projector(self, p: Tensor, projector: Projector, group: dict[str, Any]) -> None:
+        names = ("left", "right")
+        self.state[p].update({name: side for name, side in zip(names, projector, strict=True) if side is not None})
+
+    def _projector(self, p: Tensor, group: dict[str, Any]) -> Projector:
         return self.state[p].get("left"), self.state[p].get("right")
 
     def _index(self, p: Tensor) -> int:
