@@ -117,6 +117,10 @@ VALUES = {
     "one as truth": Bad("trainer.compile=1", ("trainer.compile=1 is not valid", "true or false")),
     "float as integer": Bad("trainer.max_steps=10.0", ("trainer.max_steps=10.0 is not valid", "an integer")),
     "float as rank": Bad("method=galore optimizer.rank=1.0", ("optimizer.rank=1.0", "an integer or less than 1")),
+    "cosine": Bad(
+        "method=q_galore optimizer.cos_threshold=1.5", ("optimizer.cos_threshold=1.5", "less than or equal to 1")
+    ),
+    "length of a queue": Bad("method=q_galore optimizer.queue_size=0", ("optimizer.queue_size=0", "greater than 0")),
     "selection of rows": Bad(
         "method=grass optimizer.selection=best", ("optimizer.selection=best", "'top' or 'sampled'")
     ),
@@ -434,7 +438,7 @@ SHARDED = {
             (f"optimizer={optimizer} with trainer.sharding=fsdp: it needs whole parameters", "use optimizer=adamw"),
             environment=TWO,
         )
-        for optimizer in ("adafactor", "adamw_8bit", "galore", "grass", "flora", "lomo")
+        for optimizer in ("adafactor", "adamw_8bit", "galore", "q_galore", "grass", "flora", "lomo")
     },
     "another word": Bad("trainer.sharding=zero3", ("trainer.sharding=zero3", "'none' or 'fsdp'")),
 }

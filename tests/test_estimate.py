@@ -45,6 +45,8 @@ ALONG_THE_AXES = [
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING],
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=galore", "optimizer.bits=8"],
+    ["method=q_galore"],
+    ["method=q_galore_velora", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=grass"],
     ["method=grass_velora", "optimizer.selection=sampled"],
     ["method=grass", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],

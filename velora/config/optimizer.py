@@ -175,6 +175,30 @@ class GaLore(LowRankOptimizer):
         )
 
 
+class QGaLore(LowRankOptimizer):
+    kind: Literal["q_galore"]
+    update_proj_gap: PositiveInt
+    scale: PositiveFloat
+    svd: Literal["exact", "randomized"]
+    cos_threshold: Annotated[float, Field(gt=0, le=1)] | None
+    queue_size: PositiveInt
+    bits: Literal[32, 8]
+    betas: tuple[Beta, Beta]
+    eps: NonNegativeFloat
+
+    def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        from velora.optim.q_galore import QGaLoreAdamW
+
+        keys = ("update_proj_gap", "scale", "svd", "cos_threshold", "queue_size")
+        return QGaLoreAdamW(
+            self.groups(model, config, **{name: getattr(self, name) for name in keys}),
+            betas=self.betas,
+            eps=self.eps,
+            bits=self.bits,
+            **self.common_options(config),
+        )
+
+
 class Grass(LowRankOptimizer):
     ranks_rows: ClassVar[bool] = True
 
