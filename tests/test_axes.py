@@ -68,8 +68,8 @@ SMALLER = {
     "checkpoint": {"saved"},
     "galore": {"optimizer"},
     "flora": {"optimizer"},
-    "q_galore": {"optimizer"},
-    "q_galore_velora": {"optimizer", "saved"},
+    "q_galore": {"weights", "gradients", "optimizer", "saved"},  # gradients and activations in bfloat16
+    "q_galore_velora": {"weights", "gradients", "optimizer", "saved"},
     "grass": {"optimizer"},
     "grass_velora": {"optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},

@@ -176,6 +176,20 @@ VALUES = {
 }
 
 TOGETHER = {
+    "frozen int8 weights": Bad(
+        "method=lora weights=int8",
+        ("weights=int8 with adapter=lora: int8 weights are there to be trained", "weights=nf4"),
+    ),
+    "int8 weights with another optimiser": Bad(
+        "method=q_galore optimizer=galore", ("weights=int8 with optimizer=galore: only Q-GaLore", "or weights=dense")
+    ),
+    "compiled int8 weights": Bad(
+        "method=q_galore trainer.compile=true", ("trainer.compile=true with weights=int8", "set trainer.compile=false")
+    ),
+    "int8 weights in two halves": Bad(
+        "method=q_galore weights.dtype=fp16 trainer.precision=fp16",
+        ("weights.dtype=fp16 with trainer.precision=fp16", "set weights.dtype=fp32"),
+    ),
     "both sizes": Bad("activations.num_groups=4", ("both are given", "set the other to null")),
     "no size": Bad("activations.sub_token_size=null", ("none is given", "exactly one")),
     "no end": Bad("trainer.max_steps=null", ("trainer.max_steps=null", "give one of them")),
@@ -418,6 +432,11 @@ RANKS = {
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 FSDP = "trainer.sharding=fsdp"
 SHARDED = {
+    "int8 weights": Bad(
+        "method=q_galore",
+        ("weights=int8 in 2 processes", "train in one process, or use weights=dense"),
+        environment=TWO,
+    ),
     "in one process": Bad(FSDP, ("trainer.sharding=fsdp has no effect in one process", "torchrun")),
     "no training": Bad(
         f"task=mmlu trainer.max_steps=0 {FSDP}", ("no effect with trainer.max_steps=0",), environment=TWO

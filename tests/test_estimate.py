@@ -46,6 +46,8 @@ ALONG_THE_AXES = [
     ["method=galore", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=galore", "optimizer.bits=8"],
     ["method=q_galore"],
+    ["method=q_galore", "weights=dense", "optimizer.bits=32"],
+    ["method=q_galore", "recompute=lean", "weights.dtype=fp32", "trainer.precision=bf16"],
     ["method=q_galore_velora", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=grass"],
     ["method=grass_velora", "optimizer.selection=sampled"],

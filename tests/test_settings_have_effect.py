@@ -148,6 +148,7 @@ VELORA = "method=velora activations.layers=[value,down] activations.sub_token_si
 
 PARTS: dict[str, dict[str, Any]] = {
     "weights=dense": {"dtype": Network("bf16")},
+    "weights=int8": {"dtype": Network("fp32", "method=q_galore")},
     "weights=nf4": {
         "quant_type": Network("fp4", "method=qlora"),
         "double_quant": Network(False, "method=qlora"),

@@ -176,6 +176,8 @@ class GaLore(LowRankOptimizer):
 
 
 class QGaLore(LowRankOptimizer):
+    trains_int8: ClassVar[bool] = True
+
     kind: Literal["q_galore"]
     update_proj_gap: PositiveInt
     scale: PositiveFloat
@@ -187,6 +189,7 @@ class QGaLore(LowRankOptimizer):
     eps: NonNegativeFloat
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        from velora.nn.int8 import int8_layers
         from velora.optim.q_galore import QGaLoreAdamW
 
         keys = ("update_proj_gap", "scale", "svd", "cos_threshold", "queue_size")
@@ -195,6 +198,7 @@ class QGaLore(LowRankOptimizer):
             betas=self.betas,
             eps=self.eps,
             bits=self.bits,
+            int8=int8_layers(model),
             **self.common_options(config),
         )
 

@@ -53,12 +53,12 @@ def quantise(values: Tensor, bits: int, noise: Tensor | None = None) -> Grouped:
 
 
 def dequantise(grouped: Grouped, bits: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """x̂ in a shape of N numbers, computed in the dtype of the scales and rounded once to `dtype`."""
+    """x̂ in a shape of N numbers, in `dtype`, rounded once: code - z is exact in any, and x̂ is their product in fp32 at least."""
     num = torch.Size(shape).numel()
     codes = unpack(grouped.codes, num) if bits == 4 else grouped.codes
-    groups = _in_groups(codes).to(grouped.scale.dtype)
+    groups = _in_groups(codes).to(dtype)
     groups.sub_(grouped.zero.unsqueeze(1)).mul_(grouped.scale.unsqueeze(1))
-    return groups.view(-1)[:num].view(shape).to(dtype)
+    return groups.view(-1)[:num].view(shape)
 
 
 def pack(codes: Tensor) -> Tensor:

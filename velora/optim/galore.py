@@ -19,6 +19,8 @@ Adam's ε stands as in galore-torch, and as in section 2 of Adam's paper, outsid
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -84,11 +86,15 @@ class GaLoreAdamW(LayerwiseOptimizer):
         compressed = self.compress(p, gradient, group, first=True)
         if compressed is not None:
             self.update_compressed(p, compressed, group)
-        elif self._moments(p, gradient, group)["exp_avg"].dtype == torch.uint8:
-            self._adam_8bit(p, gradient, p, group, lr=group["lr"], weight_decay=group["weight_decay"])
-        else:
-            normalized, correction = self._adam(p, gradient, group)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(normalized, alpha=-group["lr"] * correction)
+            return
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        in_8bit = self._moments(p, gradient, group)["exp_avg"].dtype == torch.uint8
+        with self._writing(p) as weight:
+            if in_8bit:
+                self._adam_8bit(p, gradient.to(weight.dtype), weight, group, lr=lr, weight_decay=weight_decay)
+            else:
+                normalized, correction = self._adam(p, gradient, group)
+                weight.mul_(1 - lr * weight_decay).add_(normalized, alpha=-lr * correction)
 
     def compress(self, p: Tensor, gradient: Tensor, group: dict[str, Any], *, first: bool) -> Tensor | None:
         if "rank" not in group:
@@ -110,9 +116,14 @@ class GaLoreAdamW(LayerwiseOptimizer):
             normalized, correction = step.neg_(), 1.0
         else:
             normalized, correction = self._adam(p, compressed, group)
-        p.mul_(1 - lr * group["weight_decay"])
         full = project_back(normalized.to(p.dtype), self._projector(p, group))  # M x D
-        p.add_(full, alpha=-lr * scale * correction)
+        with self._writing(p) as weight:
+            weight.mul_(1 - lr * group["weight_decay"]).add_(full, alpha=-lr * scale * correction)
+
+    @contextmanager
+    def _writing(self, p: Tensor) -> Iterator[Tensor]:
+        """The weight that `p` stands for, to be changed in place; where it is kept in another form, it is brought back to it."""
+        yield p
 
     def _adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
         """m / (√v + ε) after this gradient, and its bias correction."""

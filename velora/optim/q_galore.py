@@ -6,6 +6,8 @@ Legend: M rows (out-features), D columns (in-features), R rank. GaLore's algorit
     at each new P:  c = cos(first singular vector of the P before, that of this one), into the matrix's queue of the last 5
                     queue full and its mean >= 0.4:  gap <- 2 gap, of this matrix
 
+    W, in the layers that have it in int8 (`velora/nn/int8.py`), is rounded by chance at each step
+
 A new P is made where the number of steps so far is a multiple of the matrix's gap. The queue is not emptied when the gap doubles,
 so a matrix that stays calm doubles its gap at each further P, without an upper limit: so it is in the authors' package
 (q-galore-torch 1.0), and so here. The cosine is that of the vectors before rounding, as there.
@@ -23,6 +25,8 @@ Where this differs from the package:
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -31,8 +35,9 @@ from torch import Tensor
 
 from velora.errors import ConfigError
 from velora.nn.grouped import Grouped, dequantise, quantise
+from velora.nn.int8 import Int8Linear
 from velora.optim.galore import LOW_RANK_DEFAULTS, GaLoreAdamW
-from velora.optim.subspace import Projector, from_rank_zero
+from velora.optim.subspace import Projector, derive_seed, from_rank_zero
 
 GAP_FACTOR = 2
 _SIDES = ("left", "right")
@@ -42,7 +47,11 @@ class QGaLoreAdamW(GaLoreAdamW):
     """GaLoreAdamW whose projectors are kept in four bits, each made anew at a gap that grows while it does not turn.
 
     Beside GaLoreAdamW's keys, a parameter group with a `rank` may have `cos_threshold` (None: the gap stays what it is) and
-    `queue_size`. `proj_type` is "std". The other arguments are GaLoreAdamW's.
+    `queue_size`. `proj_type` is "std".
+
+    `int8` says which parameters stand for weights in eight bits, and which layers have these (`int8_layers(model)`): a step
+    makes such a weight in fp32, moves it and has it rounded by chance, drawn from `seed`, the parameter's place and its step.
+    The other arguments are GaLoreAdamW's.
 
     State per low-rank matrix, with S = min(M, D) and L = max(M, D): R S / 2 bytes of codes and 5 for each 256 of them, the S
     numbers of the first singular vector, and the moments: 2 R L bytes and 8 for each 256 of them, or 8 R L with `bits=32`.
@@ -59,11 +68,13 @@ class QGaLoreAdamW(GaLoreAdamW):
         weight_decay: float = 0.0,
         *,
         bits: int = 8,
+        int8: Mapping[Tensor, Int8Linear] | None = None,
         layerwise: bool = False,
         accumulation_steps: int = 1,
         max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
+        self.int8 = dict(int8 or {})
         super().__init__(
             params,
             lr,
@@ -86,6 +97,17 @@ class QGaLoreAdamW(GaLoreAdamW):
             raise ConfigError(f"proj_type={group['proj_type']} must be std: Q-GaLore projects the shorter side")
         if group["queue_size"] < 1:
             raise ConfigError(f"queue_size={group['queue_size']} must be at least 1")
+
+    @contextmanager
+    def _writing(self, p: Tensor) -> Iterator[Tensor]:
+        if p not in self.int8:
+            yield p
+            return
+        layer = self.int8[p]
+        weight = layer.dense(layer.weight_scale.dtype)  # M x D
+        yield weight
+        seed = derive_seed(self.seed, self._index(p), self.state[p]["step"], 8)
+        layer.write(weight, torch.Generator(p.device).manual_seed(seed))
 
     def _keep_projector(self, p: Tensor, projector: Projector, group: dict[str, Any]) -> None:
         state = self.state[p]
