@@ -219,3 +219,26 @@ def test_a_gradient_that_is_not_finite_shows():
     optimizer = QGaLoreAdamW([{"params": [p], "rank": 2}], bits=32)
     with pytest.raises(Diverged, match=r"shape \(4, 8\) is not finite"):
         step_along(optimizer, p, torch.full((4, 8), float("nan")))
+
+
+def _steps_of_a_rank(rank, store, results):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, store=torch.distributed.FileStore(store, 2))
+    p = nn.Parameter(torch.zeros(6, 10))
+    optimizer = QGaLoreAdamW([{"params": [p], "rank": 2, "update_proj_gap": 1, "queue_size": 1}], bits=32)
+    for gradient in helpers.given_gradients(p, 6, seed=rank):  # as different as no rounding could make them
+        step_along(optimizer, p, gradient)
+    state = optimizer.state[p]
+    torch.save(
+        {key: state[key] for key in ("left_codes", "left_scale", "left_zero", "cosines", "gap")}, f"{results}/{rank}.pt"
+    )
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_all_ranks_share_rank_zeros_projector_and_gap(tmp_path):
+    torch.multiprocessing.spawn(_steps_of_a_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert first["gap"] == second["gap"] > 1
+    assert first["cosines"] == second["cosines"]
+    assert all(torch.equal(first[key], second[key]) for key in ("left_codes", "left_scale", "left_zero"))

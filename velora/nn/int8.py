@@ -6,7 +6,8 @@ Legend: N tokens, D in-features, M out-features.
     gradient            of W, M x D, in `weight.grad`, as of any layer
     step                W (fp32) made once more, moved, and rounded by chance back to codes (`write`), by optimizer=q_galore alone
 
-The groups, scales and zero points are those of `velora/nn/grouped.py`, found anew at each `write`, as published. Rounding by chance
+The groups, scales and zero points are those of `velora/nn/grouped.py`, found anew at each `write`, as published (there in the
+gradient's dtype; bfloat16 alone can be off by half a quantum at a group's ends, so here it is fp32). Rounding by chance
 keeps in the mean what a step moves the weight by, where rounding to the nearest would lose all steps below half a quantum.
 
 A tensor of whole numbers cannot require a gradient. The parameter `weight` is therefore a stand-in: one NaN, seen M x D times. It
@@ -59,6 +60,7 @@ class Int8Linear(nn.Linear):
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", zero)
         self.state_is_dense = False
+        self.register_state_dict_post_hook(_state)
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,15 +100,6 @@ class Int8Linear(nn.Linear):
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.state_is_dense:
-            del destination[f"{prefix}weight"]
-            return
-        destination[f"{prefix}weight"] = self.dense()
-        for name in ("codes", "scale", "zero"):
-            del destination[f"{prefix}weight_{name}"]
-
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
     ) -> None:
@@ -131,6 +124,16 @@ def dense_states(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.state_is_dense = False
+
+
+def _state(layer: Any, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """The codes without the stand-in, or the weight without the codes."""
+    if not layer.state_is_dense:
+        del state[f"{prefix}weight"]
+        return
+    state[f"{prefix}weight"] = layer.dense()
+    for name in ("codes", "scale", "zero"):
+        del state[f"{prefix}weight_{name}"]
 
 
 class _Int8Linear(torch.autograd.Function):
