@@ -14,6 +14,7 @@ from velora import apply_lean, apply_velora, calibrate, remove_velora
 from velora.config.weights import Int8
 from velora.errors import ConfigError
 from velora.memory.ledger import measure_saved_bytes
+from velora.memory.paper import accounting
 from velora.nn.adapter_state import save_network
 from velora.nn.grouped import num_bytes
 from velora.nn.int8 import CHUNK, Int8Linear, VeloraInt8Linear, int8_layers
@@ -112,7 +113,7 @@ def test_it_keeps_its_input_and_nothing_of_the_weight():
 
 def test_bytes_and_the_stand_in():
     layer, _ = pair(torch.bfloat16, in_features=100, out_features=60)
-    tensors = [layer.weight, layer.weight_codes, layer.weight_scale, layer.weight_zero]
+    tensors = [layer.weight, *layer.code_tensors()]
     assert sum(t.untyped_storage().nbytes() for t in tensors) == num_bytes(6000, 8) + 2
     assert num_bytes(6000, 8) == 6000 + 5 * 24  # 23.4 groups of 256
     assert layer.weight.shape == (60, 100)
@@ -333,3 +334,11 @@ def test_a_network_of_heads_alone_is_refused():
 
     with pytest.raises(ConfigError, match="has no linear layer outside its head; use weights=dense"):
         Int8(kind="int8", dtype="fp32").apply(Head(), adapters.config())
+
+
+def test_the_papers_sum_counts_the_codes():
+    model = int8_network("llama")
+    dense = sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name or "lm_head" in name)
+    codes = sum(num_bytes(weight.numel(), 8) for weight in weights_of(model).values())
+    found = accounting(model, num_tokens=16, bytes_per_feature=4)["trained weights"]
+    assert found == dense + codes + 4 * 14  # and the stand-ins

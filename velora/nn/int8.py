@@ -81,6 +81,10 @@ class Int8Linear(nn.Linear):
         grouped = Grouped(self.weight_codes.view(-1), self.weight_scale, self.weight_zero)
         return dequantise(grouped, 8, self.weight.shape, dtype or self.weight.dtype)
 
+    def code_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is kept of W: codes, scales and zero points."""
+        return self.weight_codes, self.weight_scale, self.weight_zero
+
     @torch.no_grad()
     def write(self, weight: Tensor, generator: torch.Generator) -> None:
         """Keep `weight` (M x D), rounded by chance."""
