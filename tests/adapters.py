@@ -10,7 +10,7 @@ import torch
 from text_helpers import composed
 from torch import Tensor, nn
 
-from velora.config.adapter import Hydra, LoRA, MultiLoRA, SSFAdapter
+from velora.config.adapter import LTE, Hydra, LoRA, MultiLoRA, SSFAdapter
 from velora.config.run import Config
 from velora.config.weights import NF4, Dense
 
@@ -48,6 +48,14 @@ def hydra(**changes: Any) -> Hydra:
 def multilora(**changes: Any) -> MultiLoRA:
     keys = {"num_branches": 3, "rank": 2, "dropout": 0.0, "targets": ["value", "down"], "also_train": []}
     return MultiLoRA(kind="multilora", **(keys | changes))
+
+
+def lte(**changes: Any) -> LTE:
+    keys = {
+        "num_heads": 2, "rank": 2, "alpha": 4.0, "root_alpha": True, "merge_every": 2, "reset": False, "targets": ["all"],
+        "also_train": [],
+    }  # fmt: skip
+    return LTE(kind="lte", **(keys | changes))
 
 
 def dense(dtype: str = "fp32") -> Dense:

@@ -51,17 +51,17 @@ def through_a_file(state_dict: dict) -> dict:
     return torch.load(file, weights_only=True)
 
 
-def assert_resume_is_exact(build, dtype: torch.dtype = torch.float32) -> None:
+def assert_resume_is_exact(build, dtype: torch.dtype = torch.float32, network=tiny_network) -> None:
     """10 steps equal 5 steps, a checkpoint, and 5 steps with a new optimiser; `build(model)` makes an optimiser."""
     data = batches(10, dtype)
-    straight = tiny_network(dtype)
+    straight = network(dtype)
     train(straight, build(straight), data)
 
-    interrupted = tiny_network(dtype)
+    interrupted = network(dtype)
     optimizer = build(interrupted)
     train(interrupted, optimizer, data[:5])
     weights, state = through_a_file(interrupted.state_dict()), through_a_file(optimizer.state_dict())
-    resumed = tiny_network(dtype, seed=99)
+    resumed = network(dtype, seed=99)
     resumed.load_state_dict(weights)
     optimizer = build(resumed)
     optimizer.load_state_dict(state)

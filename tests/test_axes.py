@@ -72,21 +72,24 @@ SMALLER = {
     "q_galore_velora": {"weights", "gradients", "optimizer", "saved"},
     "grass": {"optimizer"},
     "grass_velora": {"optimizer", "saved"},
+    "grass_velora_factored": {"gradients", "optimizer", "saved"},
     "linear_probe": {"gradients", "optimizer", "saved"},
     "lora": {"gradients", "optimizer"},
     "ssf": {"gradients", "optimizer"},
     "hydra": {"gradients", "optimizer"},
     "multilora": {"gradients", "optimizer"},
+    "lte": {"gradients", "optimizer"},
     "qlora": {"weights", "gradients", "optimizer"},
     "qpissa": {"weights", "gradients", "optimizer"},
 }
-FREE = {method: {"saved"} for method in ("lora", "ssf", "hydra", "multilora", "qlora", "qpissa")}
+FREE = {method: {"saved"} for method in ("lora", "ssf", "hydra", "multilora", "lte", "qlora", "qpissa")}
 SMALL = 0.02  # added modules, directions and step counters may add this much of full training's bytes to a term ...
 ADDED = {
     "lora": 0.12,
     "ssf": 0.12,
     "hydra": 0.12,
     "multilora": 0.12,
+    "lte": 1.5,  # four heads of rank 8, and what is merged of them: 64 rows and columns beside a width of 128
 }  # ... and these adapters their own parameters, large beside tiny networks
 
 
@@ -104,7 +107,7 @@ def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "with_velora"),
-    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "qlora", "grass", "q_galore")],
+    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "lte", "qlora", "grass", "q_galore")],
 )
 def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
     before, after = terms(model, plain), terms(model, with_velora)
@@ -112,6 +115,15 @@ def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain,
     assert after["gradients"] == before["gradients"]
     assert after["optimizer"] == before["optimizer"]
     assert 0 <= after["weights"] - before["weights"] <= SMALL * before["weights"]  # the directions
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_factors_shrink_the_state_of_velora_layers_further(model):
+    """S = 16: their moments have a sixteenth of the numbers."""
+    plain, factored = terms(model, "grass_velora"), terms(model, "grass_velora_factored")
+    assert factored["optimizer"] < plain["optimizer"]
+    assert factored["saved"] == plain["saved"]
+    assert factored["weights"] == plain["weights"]
 
 
 @pytest.mark.parametrize("model", FAMILIES)

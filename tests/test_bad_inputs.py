@@ -124,6 +124,20 @@ VALUES = {
     "selection of rows": Bad(
         "method=grass optimizer.selection=best", ("optimizer.selection=best", "'top' or 'sampled'")
     ),
+    "factors without VeLoRA": Bad(
+        "method=grass_velora_factored activations=exact",
+        ("optimizer.factored=true", "activations=exact", "use activations=velora"),
+    ),
+    "factors of a moving direction": Bad(
+        "method=grass_velora_factored activations.init=running_average",
+        ("activations.init=running_average", "hold for one direction", "use activations.init=fixed_average"),
+    ),
+    "factors at once": Bad(
+        "method=grass_velora optimizer.factored=true", ("optimizer.layerwise=false", "set optimizer.layerwise=true")
+    ),
+    "factors of a traced layer": Bad(
+        "method=grass_velora_factored trainer.compile=true", ("trainer.compile=true", "set trainer.compile=false")
+    ),
     "text as integer": Bad(
         "trainer.batch_size='16'", ("trainer.batch_size=16", "an integer; leave out the quotes", "${oc.decode:")
     ),
@@ -167,6 +181,7 @@ VALUES = {
     "name outside": Bad("name=a/../../b", ("name=a/../../b leaves runs_dir", "without ..")),
     "nothing to continue": Bad("resume=required", ("resume=required", "resume=auto")),
     "no branch": Bad("method=multilora adapter.num_branches=0", ("adapter.num_branches=0", "greater than 0")),
+    "no head": Bad("method=lte adapter.num_heads=0", ("adapter.num_heads=0", "greater than 0")),
     "no round": Bad("method=qpissa adapter.pissa_rounds=0", ("adapter.pissa_rounds=0", "greater than 0")),
     "no such package": Bad("adapter.kind=nowhere.to.be.found", ("adapter.kind=nowhere.to.be.found", "import path")),
     "no kind": Bad("adapter.kind=_inserted", ("adapter.kind=_inserted is not known", "lora")),
@@ -190,6 +205,11 @@ TOGETHER = {
         "method=q_galore weights.dtype=fp16 trainer.precision=fp16",
         ("weights.dtype=fp16 with trainer.precision=fp16", "set weights.dtype=fp32"),
     ),
+    "heads that do not divide": Bad(
+        "method=lte adapter.num_heads=3 trainer.micro_batch_size=4",
+        ("adapter.num_heads=3", "the 4 examples", "trainer.micro_batch_size=4", "give another number"),
+    ),
+    "heads over four bits": Bad("method=lte weights=nf4", ("adapter=lte with weights=nf4", "use weights=dense")),
     "both sizes": Bad("activations.num_groups=4", ("both are given", "set the other to null")),
     "no size": Bad("activations.sub_token_size=null", ("none is given", "exactly one")),
     "no end": Bad("trainer.max_steps=null", ("trainer.max_steps=null", "give one of them")),
@@ -446,6 +466,9 @@ SHARDED = {
     ),
     "four bits": Bad(
         f"method=qlora {FSDP}", ("weights=nf4 with trainer.sharding=fsdp", "use weights=dense"), environment=TWO
+    ),
+    "heads": Bad(
+        f"method=lte {FSDP}", ("adapter=lte with trainer.sharding=fsdp", "trainer.sharding=none"), environment=TWO
     ),
     "loss scaling": Bad(
         f"{FSDP} trainer.precision=fp16", ("trainer.precision=fp16 with", "bf16 or fp32"), environment=TWO

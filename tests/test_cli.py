@@ -62,7 +62,7 @@ def test_globs_reach_nested_values_and_never_match_nothing(tmp_path):
     assert written(["-m", "task=glob([manual,glue/s*],exclude=glue/stsb)"])[-1] == "task=glue/sst2,manual"
     assert (
         written(["-m", "method=glob(*,exclude=[*lora*,s*,f*,q*])"])[-1]
-        == "method=checkpoint,galore,grass,hydra,linear_probe"
+        == "method=checkpoint,galore,grass,hydra,linear_probe,lte"
     )
     assert written(["task=glob(man*)"]) == ["task=manual"]
     assert "glue/sst2" not in written(["-m", "task=glob(*)"])[-1]

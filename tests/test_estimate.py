@@ -51,6 +51,7 @@ ALONG_THE_AXES = [
     ["method=q_galore_velora", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=grass"],
     ["method=grass_velora", "optimizer.selection=sampled"],
+    ["method=grass_velora_factored"],
     ["method=grass", "optimizer.layerwise=true", NO_CLIPPING, "trainer.micro_batch_size=1"],
     ["method=checkpoint", "recompute.every_n_layers=2"],
     ["method=lora", "recompute=blocks", "recompute.lean=false"],

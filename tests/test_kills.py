@@ -40,6 +40,11 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "roberta": [*ROBERTA[:-2], "method=velora"],
     "vit": [*VIT[:-1], "task.protocol=best_on_test", "method=ssf_velora", "model.drop_path=0.2"],
 }  # fmt: skip
+EACH_TIME = {
+    "full", "linear_probe", "qlora", "ssf_velora", "grass, sampled", "galore layer-wise", "flora layer-wise, accumulated",
+    "running average", "svd, accumulated", "autocast", "dropout", "roberta", "vit",
+}  # fmt: skip
+"""One of each kind of state and of loop; the others, whose parts have tests of their own, with `pytest -m slow`."""
 LOOP = ["trainer.max_steps=16", "trainer.eval_every=5", "trainer.save_every=4", "trainer.schedule=cosine",
         "trainer.warmup_steps=2", "trainer.measure_memory=true"]  # fmt: skip
 
@@ -61,7 +66,9 @@ def kill_once(monkeypatch: pytest.MonkeyPatch, target: Any, method: str, step: i
     monkeypatch.setattr(target, method, until)
 
 
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize(
+    "name", [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
+)
 def test_a_run_killed_four_times_is_the_whole_run(name, monkeypatch, tmp_path):
     common = [*CONFIGURATIONS[name], *LOOP]
     if "task=c4" in common:

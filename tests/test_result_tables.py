@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,18 @@ def test_a_table_that_is_not_there_is_an_error():
     with pytest.raises(ValueError, match="no_such_column"):
         updated("<!-- runs: smoke | embedded, llama_tiny, smoke | no_such_column -->\n<!-- end -->")
     assert updated("<!-- step: x -->\n<!-- end -->") == "<!-- step: x -->\n<!-- end -->"
+
+
+def test_no_record_is_kept_out_of_the_history():
+    """A pattern of .gitignore that is too wide has hidden rows from everybody but the machine that made them."""
+    files = [str(file) for file in RECORDS.rglob("result.json")]
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", "--no-index", "--stdin"],
+        input="\n".join(files),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode == 128:
+        pytest.skip("this is no git checkout")
+    assert not found.stdout, "ignored by .gitignore"

@@ -142,8 +142,10 @@ GALORE, Q_GALORE, GRASS, FLORA, LORA = (
     "method=lora",
 )
 TURNING = "optimizer.update_proj_gap=1 optimizer.cos_threshold=0.001"
+LTE = "method=lte"
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
+GRASS_VELORA = "method=grass_velora optimizer.layerwise=true trainer.max_grad_norm=null"
 VELORA = "method=velora activations.layers=[value,down] activations.sub_token_size=16"
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -181,6 +183,16 @@ PARTS: dict[str, dict[str, Any]] = {
         "dropout": Network(0.5, "method=multilora"),
         "targets": Network(["down"], "method=multilora"),
         "also_train": Network(["*.norm"], "method=multilora"),
+    },
+    "adapter=lte": {
+        "num_heads": Network(2, LTE),
+        "rank": Network(2, LTE),
+        "alpha": Network(3.0, LTE),
+        "root_alpha": Network(False, LTE),
+        "merge_every": Network(2, LTE),
+        "reset": Network(True, f"{LTE} adapter.merge_every=2"),
+        "targets": Network(["down"], LTE),
+        "also_train": Network(["*.norm"], LTE),
     },
     "adapter=ssf": {
         "targets": Network(["value"], "method=ssf"),
@@ -235,6 +247,7 @@ PARTS: dict[str, dict[str, Any]] = {
         "selection": Network("sampled", GRASS),
         "update_gap": Network(1, GRASS),
         "scale": Network(3.0, GRASS),
+        "factored": Network(True, GRASS_VELORA),
         "betas": Network([0.5, 0.9], GRASS),
         "eps": Network(0.1, GRASS),
     },
@@ -452,10 +465,11 @@ def _trained(config: Config) -> Any:
     config.activations.calibrate(network, batches[0])
     optimizer = config.optimizer.build(network, config)
     digest = hashlib.sha256()
-    for batch in batches:
+    for step, batch in enumerate(batches, start=1):
         network(**batch).loss.backward()
         _add(digest, [p.grad for p in network.parameters()])
         optimizer.step()
+        config.adapter.after_step(network, config, optimizer, step)
         config.activations.after_step(network)
         optimizer.zero_grad()
     _add(digest, [*network.parameters(), *network.buffers()])

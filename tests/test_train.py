@@ -85,17 +85,16 @@ def test_loss_and_gradient_do_not_depend_on_accumulation(families, name, tmp_pat
         assert other[0] == pytest.approx(curves[0][0], rel=1e-5)
 
 
-def test_loss_and_gradient_do_not_depend_on_the_number_of_processes(families, tmp_path):
-    """Two gloo processes under torchrun's environment, every family and head in one start: the curve of one process."""
+def train_in_two_processes(runs: dict[str, list[str]], folder: Path) -> None:
+    """Two gloo processes under torchrun's environment, all runs in one start, into <folder>/two/<name>."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    runs = {name: [*families[name], "method=full"] for name in NAMES}
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (folder / "runs.json").write_text(json.dumps(runs))
     worker = Path(__file__).parent / "loop_worker.py"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(worker), str(tmp_path)],
+            [sys.executable, str(worker), str(folder)],
             env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(port)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -105,6 +104,12 @@ def test_loss_and_gradient_do_not_depend_on_the_number_of_processes(families, tm
     for process in processes:
         error = process.communicate(timeout=300)[1]
         assert process.returncode == 0, error[-3000:]
+
+
+def test_loss_and_gradient_do_not_depend_on_the_number_of_processes(families, tmp_path):
+    """Every family and head: the curve of one process."""
+    runs = {name: [*families[name], "method=full"] for name in NAMES}
+    train_in_two_processes(runs, tmp_path)
     for name in NAMES:
         one, two = (config_of(tmp_path / number / name, *runs[name]) for number in ("one", "two"))
         train(one)

@@ -1,6 +1,6 @@
 """Which parameters train (the axis `adapter`): all, the head, or what an adapter inserts.
 
-The mathematics of Hydra, MultiLoRA, SSF and PiSSA's loop is in `velora/nn`; LoRA is PEFT's.
+The mathematics of Hydra, LTE, MultiLoRA, SSF and PiSSA's loop is in `velora/nn`; LoRA is PEFT's.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
+from velora.config.adapter_inserted import InsertedAdapter, seeded, target_patterns
 from velora.config.parts import Adapter
 from velora.errors import ConfigError
 
@@ -19,68 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from velora.config.run import Config
-
-
-class InsertedAdapter(Adapter):
-    """The network is frozen, modules are inserted; they train, a classification head, and what `also_train` matches."""
-
-    also_train: list[str]
-
-    def save(self, model: nn.Module, folder: Path) -> None:
-        from velora.nn.adapter_state import save_adapter
-
-        save_adapter(model, folder)
-
-    def also_trained(self, model: nn.Module) -> list[str]:
-        """Names of modules that train whole: a new head, and the matches of `also_train`."""
-        from velora.nn.head import new_head_names
-        from velora.nn.swap import find_modules
-
-        return list(dict.fromkeys([*new_head_names(model), *find_modules(model, self.also_train)]))
-
-    def insert(
-        self, model: nn.Module, targets: list[str], config: Config, make: Callable[[nn.Linear], nn.Module], what: str
-    ) -> None:
-        """Freeze `model` and put `make(layer)` in the place of each target, a linear layer that is to have `what`."""
-        from torch import nn
-
-        from velora.nn.head import train_in_float32
-        from velora.nn.swap import replace_modules
-
-        def around(name: str, module: nn.Module) -> nn.Module:
-            if not isinstance(module, nn.Linear):
-                raise ConfigError(f"a {type(module).__name__} takes no {what}; a linear layer does")
-            return make(module)
-
-        model.requires_grad_(False)
-        with seeded(config.seed):
-            replace_modules(model, target_patterns(targets, model, config), around)
-        for name in self.also_trained(model):
-            train_in_float32(model.get_submodule(name))
-
-
-def target_patterns(targets: list[str], model: nn.Module, config: Config) -> list[str]:
-    """Glob patterns for the roles and patterns in `targets`; ConfigError for a role that the network does not have."""
-    from velora.config.roles import ROLES, roles_of
-
-    roles = roles_of(model, config.model.roles)
-    unknown = [target for target in targets if target in ROLES and target not in roles]
-    if unknown:
-        raise ConfigError(
-            f"adapter.targets={targets}: model={config.model.name} has no {', '.join(unknown)} layers; its roles are "
-            f"{', '.join(roles) or 'not known, set model.roles'}"
-        )
-    return list(dict.fromkeys(pattern for target in targets for pattern in roles.get(target, [target])))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers from `seed` inside, untouched outside: an adapter starts the same whatever ran before it."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 class Full(Adapter):
@@ -358,3 +297,76 @@ class MultiLoRA(InsertedAdapter):
 
         self.insert(model, self.targets, config, make, "MultiLoRA branches")
         return model
+
+
+class LTE(InsertedAdapter):
+    """Parallel low-rank heads, each on its slice of the batch, merged into the weights every `merge_every` steps
+    (arXiv 2402.16828; velora/nn/lte.py).
+
+    `root_alpha`: layers that are query or key get the square root of `alpha`. `reset`: the heads start again at a merge, and so
+    do the optimiser's moments of them. `targets` may hold "all", for every role that the network has.
+    """
+
+    kind: Literal["lte"]
+    num_heads: PositiveInt
+    rank: PositiveInt
+    alpha: PositiveFloat
+    root_alpha: bool
+    merge_every: PositiveInt
+    reset: bool
+    targets: list[str] = Field(min_length=1)
+
+    def problems(self, config: Config) -> Iterator[str]:
+        trainer = config.trainer
+        if trainer.examples_per_forward % self.num_heads:
+            yield (
+                f"adapter.num_heads={self.num_heads}: each head sees a slice of every micro-batch, and {self.num_heads} does not "
+                f"divide the {trainer.examples_per_forward} examples of one (trainer.batch_size={trainer.batch_size}, "
+                f"trainer.micro_batch_size={trainer.micro_batch_size}); give another number of heads or examples"
+            )
+        if config.weights.quantised:
+            yield (
+                f"adapter=lte with weights={config.weights.kind}: the heads are merged into the weights, which four bits would "
+                "round away; use weights=dense"
+            )
+        if trainer.sharding != "none":
+            yield (
+                f"adapter=lte with trainer.sharding={trainer.sharding}: heads are merged into whole weights, of which each process "
+                "holds a part; set trainer.sharding=none"
+            )
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.config.roles import role_of, roles_of
+        from velora.nn.lte import LTELinear
+
+        roles = roles_of(model, config.model.roles)
+        small = {id(m) for n, m in model.named_modules() if {"query", "key"} & {*(role_of(n, roles) or "").split("+")}}
+
+        def make(layer: nn.Linear) -> nn.Module:
+            alpha = self.alpha**0.5 if self.root_alpha and id(layer) in small else self.alpha
+            return LTELinear(layer, num_heads=self.num_heads, rank=self.rank, alpha=alpha, reset=self.reset)
+
+        named = [target for target in self.targets if target != "all"]
+        everywhere = list(roles) if len(named) < len(self.targets) else []
+        if not named and not everywhere:
+            raise ConfigError(
+                f"adapter.targets=[all] stands for all roles, and those of model={config.model.name} are not known; set "
+                "model.roles, or name patterns of linear layers"
+            )
+        self.insert(model, list(dict.fromkeys([*everywhere, *named])), config, make, "LTE heads")
+        return model
+
+    def after_step(self, model: nn.Module, config: Config, optimizer: Any, step: int) -> None:
+        from velora.nn.lte import merge_heads
+
+        if step % self.merge_every == 0:
+            for parameter in merge_heads(model, seed=f"{config.seed}/{step}"):
+                optimizer.state.pop(parameter, None)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """The whole network, as plain layers with the heads merged, since its weights have moved."""
+        from velora.nn.adapter_state import save_network
+        from velora.nn.lte import as_plain
+
+        with as_plain(model) as network:
+            save_network(network, folder)

@@ -204,22 +204,55 @@ class QGaLore(LowRankOptimizer):
 
 
 class Grass(LowRankOptimizer):
+    """`factored`: gradients and moments of VeLoRA's layers keep one number for each sub-token of a row."""
+
     ranks_rows: ClassVar[bool] = True
 
     kind: Literal["grass"]
     selection: Literal["top", "sampled"]
     update_gap: PositiveInt
     scale: PositiveFloat
+    factored: bool
     betas: tuple[Beta, Beta]
     eps: NonNegativeFloat
 
+    def problems(self, config: Config) -> Iterator[str]:
+        yield from super().problems(config)
+        if not self.factored:
+            return
+        if config.activations.kind != "velora":
+            yield (
+                f"optimizer.factored=true with activations={config.activations.kind}: only VeLoRA's gradients have factors; "
+                "use activations=velora, or set optimizer.factored=false"
+            )
+        elif getattr(config.activations, "init", None) == "running_average":
+            yield (
+                "optimizer.factored=true with activations.init=running_average: the moments of a factor hold for one "
+                "direction; use activations.init=fixed_average, svd or random, or set optimizer.factored=false"
+            )
+        if not self.layerwise:
+            yield (
+                "optimizer.factored=true with optimizer.layerwise=false: factors are handed over inside the backward pass; set "
+                "optimizer.layerwise=true and trainer.max_grad_norm=null"
+            )
+        if config.trainer.compile:
+            yield (
+                "optimizer.factored=true with trainer.compile=true: a traced layer hands over no factors; set "
+                "trainer.compile=false or optimizer.factored=false"
+            )
+
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         from velora.optim.grass import GrassAdamW
+        from velora.optim.grass_factors import FactoredGrassAdamW
 
         options = {name: getattr(self, name) for name in ("selection", "update_gap", "scale")}
-        return GrassAdamW(
-            self.groups(model, config, **options), betas=self.betas, eps=self.eps, **self.common_options(config)
-        )
+        groups = self.groups(model, config, **options)
+        adam = {"betas": self.betas, "eps": self.eps, **self.common_options(config)}
+        if not self.factored:
+            return GrassAdamW(groups, **adam)
+        optimizer = FactoredGrassAdamW(groups, **adam)
+        optimizer.take_factors(model)
+        return optimizer
 
 
 class FLoRA(LowRankOptimizer, AdafactorSettings):

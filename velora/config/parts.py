@@ -132,6 +132,9 @@ class Adapter(Part):
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         raise NotImplementedError
 
+    def after_step(self, model: nn.Module, config: Config, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Called after each optimiser step of a run, the `step`-th; a run that continues counts on."""
+
     def save(self, model: nn.Module, folder: Path) -> None:
         """Write what was trained: the whole network, as plain layers, in the format of its library (safetensors)."""
         from velora.nn.adapter_state import save_network

@@ -7,6 +7,7 @@ projection stays because attention keeps its own output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import nn
 from velora.config.roles import roles_by_module, roles_of
 from velora.config.run import Config
 from velora.errors import ConfigError
-from velora.memory.ledger import ACTIVATION, Entry, Ledger
+from velora.memory.ledger import ACTIVATION, Entry, Holder, Ledger
 from velora.nn.apply import velora_layers
 from velora.nn.projection import split_width
 from velora.nn.swap import can_be_twin, expand_container, find_modules, width_of
@@ -119,12 +120,18 @@ def _freed(
         held += entry.num_bytes
         sizes = [sub_token_sizes[path] for path in inside if path in sub_token_sizes]
         codes += sum(entry.num_bytes // size for size in (set(sizes) if shared_codes else sizes))
-        others = [holder for holder in entry.holders if holder.module not in paths]
+        others = [holder for holder in entry.holders if holder.module not in paths and not _keeps_signs_then(holder)]
         if not others and not entry.outside_hook:
             freed += entry.num_bytes
+            codes += math.prod(entry.shape) // 8 if any(map(_keeps_signs_then, entry.holders)) else 0
         join |= dict.fromkeys(holder.role or holder.module for holder in others if holder.module in swappable)
         never |= dict.fromkeys(_naming(h.kind, h.operation) for h in others if h.module not in swappable)
     return Freed(choice, held, freed, codes, tuple(join), tuple(never))
+
+
+def _keeps_signs_then(holder: Holder) -> bool:
+    """Whether an operation keeps a bit for each number once there is a VeLoRA convolution, see velora/nn/lean_conv.py."""
+    return holder.kind == "LeanReLU" and holder.operation.startswith("ReluBackward")
 
 
 def _inputs_held_by(ledger: Ledger, paths: Collection[str]) -> list[Entry]:

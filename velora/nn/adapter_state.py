@@ -5,9 +5,9 @@
     merge_adapter(model)             a plain network with the same outputs, for inference
 
 An adapter that PEFT made is kept in PEFT's format (adapter_config.json, adapter_model.safetensors), so that
-`PeftModel.from_pretrained(network, folder)` reads it too. Every other one is `adapter.safetensors`: the trained
-parameters under their names in the network. Wrappers (torch.compile, DDP) around the network or parts of it are seen
-through; a network that fully_shard has sharded is refused.
+`PeftModel.from_pretrained(network, folder)` reads it too. Every other one is `adapter.safetensors`: the parameters that
+train under their names in the network, and with LTE the weights that were merged into. Wrappers (torch.compile, DDP) around the
+network or parts of it are seen through; a network that fully_shard has sharded is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the parameters that train to `folder`, and nothing of what is frozen; VeLoRA's directions are left out."""
+    """Write the parameters that train to `folder`, and nothing of what stays as it was; VeLoRA's directions are left out."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _whole(model) as network:
@@ -59,8 +59,18 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             return
         from safetensors.torch import save_file
 
-        trained = {n: p.detach().cpu().contiguous() for n, p in network.named_parameters() if p.requires_grad}
-        save_file(trained, str(folder / FILE), metadata={"format": "pt"})
+        own = {name: tensor.detach().cpu().contiguous() for name, tensor in _own_tensors(network).items()}
+        save_file(own, str(folder / FILE), metadata={"format": "pt"})
+
+
+def _own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """What an adapter has changed: the parameters that train, and what a module names in `moving_state` (LTE's merged weights)."""
+    own: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    state = network.state_dict(keep_vars=True)
+    for path, module in network.named_modules():
+        names = (f"{path}.{name}".lstrip(".") for name in getattr(type(module), "moving_state", ()))
+        own |= {name: state[name] for name in names if name in state}
+    return own
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:
@@ -96,7 +106,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         if _is_peft(network):
             _load_into_peft(network, Path(folder))
             return
-        expected = {n: p for n, p in network.named_parameters() if p.requires_grad}
+        expected = _own_tensors(network)
         state = _read(Path(folder) / FILE, expected)
         with torch.no_grad():
             for name, parameter in expected.items():

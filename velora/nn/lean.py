@@ -4,7 +4,8 @@
     apply_lean(model, mlp=True)    the first products of each MLP are computed again in backward as well
 
 Modules become their lean twins in place: classes change, parameters, names and state dicts stay. What each keeps is said
-at the head of `velora/nn/lean_layers.py`, `lean_mlp.py` and `causal_lm.py`; how a layer does without its input, in `recipe.py`.
+at the head of `velora/nn/lean_layers.py`, `lean_mlp.py`, `lean_conv.py` and `causal_lm.py`; how a layer does without its
+input, in `recipe.py`.
 Where torch.compile traces the network, the twins of single layers are the plain layers: its partitioner plans what is kept.
 """
 
@@ -19,6 +20,8 @@ from torch import nn
 
 from velora.errors import ConfigError
 from velora.nn.causal_lm import make_lean_causal_lm, make_plain_causal_lm
+from velora.nn.conv import VeloraConv
+from velora.nn.lean_conv import LeanBatchNorm, LeanConv, LeanMaxPool2d, LeanReLU, LeanReLUOfSigns
 from velora.nn.lean_layers import (
     PLAIN_CLASS,
     LeanActivation,
@@ -56,17 +59,18 @@ def apply_lean(model: nn.Module, *, mlp: bool = False) -> LeanSummary:
     """
     counts: Counter[str] = Counter()
     with unwrapped(model) as network:
+        relu = LeanReLUOfSigns if any(isinstance(module, VeloraConv) for module in network.modules()) else LeanReLU
         for module in network.modules():
             if "forward" in vars(module):
                 continue
-            twin = _twin_of(module, mlp)
+            twin = _twin_of(module, mlp, relu)
             if twin is not None:
                 kind, cls = twin
                 module.__class__ = cls
                 counts[kind] += 1
             elif make_lean_causal_lm(module):
                 counts["head with its loss"] += 1
-    if not set(counts) - {"linear layers"}:
+    if not set(counts) - {"linear layers", "convolutions"}:
         raise ConfigError(
             f"apply_lean: {type(model).__name__} has no norm, activation, dropout or head that could keep less; "
             "choose recompute=none, or recompute.lean=false with recompute=blocks"
@@ -84,9 +88,15 @@ def remove_lean(model: nn.Module) -> None:
                 make_plain_causal_lm(module)
 
 
-def _twin_of(module: nn.Module, mlp: bool) -> tuple[str, type] | None:
-    """What a plain module is, in words, and the class of its twin; None for what has none."""
+def _twin_of(module: nn.Module, mlp: bool, relu: Any) -> tuple[str, type] | None:
+    """What a plain module is, in words, and the class of its twin; None for what has none. `relu`: the twin of a ReLU."""
     cls: Any = type(module)
+    if cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return "convolutions", _twin(LeanConv, cls)
+    if cls is nn.ReLU:
+        return "activations", _twin(relu, cls)
+    if cls is nn.MaxPool2d:
+        return "poolings", _twin(LeanMaxPool2d, cls)
     if cls is nn.Linear:
         return "linear layers", _twin(LeanLinear, cls)
     if cls is nn.Dropout:
@@ -117,6 +127,8 @@ def _norm_mixin(module: nn.Module) -> type | None:
         return LeanLayerNorm
     if cls is nn.RMSNorm:
         return LeanTorchRMSNorm
+    if cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        return LeanBatchNorm
     return LeanRMSNorm if _same_forward(cls, LlamaRMSNorm) else None
 
 

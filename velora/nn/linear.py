@@ -56,7 +56,8 @@ class VeloraLinear(VeloraTwin, nn.Linear):
         dtype = autocast_dtype(input.device)
         with torch.no_grad():
             z = self.codes(input, cast_type(input, dtype))
-        return self.product(_Linear, self.compute, cast(input, dtype), z, dtype, self.dense)
+        taker = None if torch.compiler.is_compiling() else self.factor_taker
+        return self.product(_Linear, self.compute, cast(input, dtype), z, dtype, taker, self.dense)
 
 
 class _Linear(torch.autograd.Function):
@@ -79,10 +80,11 @@ class _Linear(torch.autograd.Function):
         later: Any,
         dtype: torch.dtype | None,
         early: bool,
+        taker: Any,
         dense: Any,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale, ctx.later, ctx.dense = scale, later, dense
+        ctx.scale, ctx.later, ctx.taker, ctx.dense = scale, later, taker, dense
         ctx.shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         if early:
@@ -98,11 +100,12 @@ class _Linear(torch.autograd.Function):
         dx = None
         if needed[0]:
             dx = (dy @ (weight.to(dy.dtype) if ctx.dense is None else ctx.dense(dy.dtype))).view(ctx.shape)
-        dw, db = weight_gradients(ctx, needed, _gradients, dy, z, weight, direction)
-        return dx, None, dw, db, None, None, None, None, None, None
+        dw, db = weight_gradients(ctx, needed, _gradients, ctx.taker, dy, z, weight, direction)
+        return dx, None, dw, db, None, None, None, None, None, None, None
 
 
 def _gradients(
+    taker: Any,
     dy: Tensor,
     z: Tensor,
     weight: Tensor,
@@ -111,11 +114,11 @@ def _gradients(
     of_weight: bool,
     bias_dtype: torch.dtype | None,
 ) -> Gradients:
-    """dW (M, D) and db (M); the latter in its dtype, or None."""
+    """dW (M, D) and db (M); the latter in its dtype, or None. No dW where `taker` accepts dy, z and v in its place."""
     dw = None
-    if of_weight:
+    v = scaled_direction(z, direction, scale)  # (S)
+    if of_weight and not (taker is not None and taker(dy, z, v)):
         c = sum_over_tokens(dy, z)  # (M, G)
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        v = scaled_direction(z, direction, scale)  # (S)
         torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
     return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

@@ -20,6 +20,7 @@ from torch import nn
 from velora.config.roles import matches
 from velora.errors import ConfigError
 from velora.nn.conv import VeloraConv1d, VeloraConv2d, VeloraConv3d
+from velora.nn.heads import HeadsLinear, VeloraHeadsLinear
 from velora.nn.int8 import Int8Linear, VeloraInt8Linear
 from velora.nn.lean_layers import plain_class_of
 from velora.nn.linear import VeloraLinear
@@ -33,6 +34,7 @@ TWINS: dict[type[nn.Module], type[VeloraTwin]] = {
     nn.Conv2d: VeloraConv2d,
     nn.Conv3d: VeloraConv3d,
     ScaleShift: VeloraScaleShift,
+    HeadsLinear: VeloraHeadsLinear,
 }
 """Plain class -> its VeLoRA twin, but for transformers' Conv1D; `twin_of` knows that too."""
 

@@ -63,6 +63,7 @@ class VeloraTwin(nn.Module):
     saved_term: ClassVar[str] = CODES  # what a ledger calls the one new tensor that it saves
     features_dim: ClassVar[int] = -1  # which dimension of an input is cut into sub-tokens
     deferred: Any = None  # where the weight's gradient is put off, see split_backward.defer_weight_gradients
+    factor_taker: Any = None  # offered dy, z and v in place of the weight's gradient, see optim/grass_factors.py
     direction: Tensor
     average: Tensor
     weight: Tensor
@@ -142,8 +143,9 @@ class VeloraTwin(nn.Module):
         self._after_loading.remove()
         for name in (*self._own_buffers(), *_ATTRIBUTES):
             delattr(self, name)
-        if self.deferred is not None:
-            del self.deferred
+        for name in ("deferred", "factor_taker"):
+            if name in vars(self):
+                delattr(self, name)
         self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
 

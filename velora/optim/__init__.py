@@ -8,11 +8,13 @@ if TYPE_CHECKING:
     from velora.optim.flora import Flora
     from velora.optim.galore import GaLoreAdamW
     from velora.optim.grass import GrassAdamW
+    from velora.optim.grass_factors import FactoredGrassAdamW
     from velora.optim.lomo import Lomo
     from velora.optim.q_galore import QGaLoreAdamW
 
 _HOME = {
     "Adafactor": "adafactor",
+    "FactoredGrassAdamW": "grass_factors",
     "Flora": "flora",
     "GaLoreAdamW": "galore",
     "GrassAdamW": "grass",
@@ -20,7 +22,7 @@ _HOME = {
     "QGaLoreAdamW": "q_galore",
 }
 
-__all__ = ["Adafactor", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo", "QGaLoreAdamW"]
+__all__ = ["Adafactor", "FactoredGrassAdamW", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo", "QGaLoreAdamW"]
 
 
 def __getattr__(name: str) -> Any:

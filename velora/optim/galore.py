@@ -127,13 +127,17 @@ class GaLoreAdamW(LayerwiseOptimizer):
 
     def _adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
         """m / (√v + ε) after this gradient, and its bias correction."""
+        state, correction = self.state[p], self._move_moments(p, gradient, group)
+        return state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), correction
+
+    def _move_moments(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> float:
+        """Take a gradient into the moments; returns the bias correction of this step."""
         state = self.state[p]
         beta1, beta2 = group["betas"]
         state["step"] += 1
         state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
-        return state["exp_avg"] / state["exp_avg_sq"].sqrt().add_(group["eps"]), correction
+        return math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
 
     def _adam_8bit(
         self, p: Tensor, gradient: Tensor, target: Tensor, group: dict[str, Any], *, lr: float, weight_decay: float

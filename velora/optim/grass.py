@@ -20,7 +20,8 @@ Ours, not the paper's: Adam's bias correction starts again with the moments (wit
 (1-β₁)/√(1-β₂) = 3.2 times as large), weight decay acts on all rows, and ε stands where GaLore has it, outside of the bias
 correction (`velora/optim/galore.py`).
 
-The full gradient still exists in `p.grad` while it waits for `step()`; with `layerwise` only one does at a time.
+The full gradient still exists in `p.grad` while it waits for `step()`; with `layerwise` only one does at a time. With VeLoRA none
+need exist: `velora/optim/grass_factors.py`.
 """
 
 from __future__ import annotations

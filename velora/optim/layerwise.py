@@ -153,27 +153,32 @@ class LayerwiseOptimizer(ExactState):
             self._squared_norms.append(p.grad.float().square().sum())
             p.grad = None
             return
+        group, count = self._arrival(p, p.grad.nbytes)
+        if self.accumulation_steps > 1:
+            self._hold(p, group, first=count == 1)
+        if count == self.accumulation_steps:
+            self._apply(p, group)
+
+    def _arrival(self, p: Tensor, num_bytes: int) -> tuple[dict[str, Any], int]:
+        """The group of a parameter whose gradient (or what stands for it, of that many bytes) has arrived, and which one of
+        the step it is."""
         if self.max_grad_norm is not None and self._factor is None:
             raise RuntimeError("max_grad_norm is set: each step needs a first backward pass inside measure_norm()")
-        self._count_bytes(p)
-        group = self.param_groups[self._group_of[p]]
+        self._count_bytes(p, num_bytes)
         count = self._arrivals[p] = self._arrivals.get(p, 0) + 1
         if count > self.accumulation_steps:
             raise RuntimeError(
                 f"backward pass {count} of a step, but accumulation_steps={self.accumulation_steps}: call step() after each "
                 "step, or set accumulation_steps to the number of backward passes"
             )
-        if self.accumulation_steps > 1:
-            self._hold(p, group, first=count == 1)
-        if count == self.accumulation_steps:
-            self._apply(p, group)
+        return self.param_groups[self._group_of[p]], count
 
-    def _count_bytes(self, p: Tensor) -> None:
+    def _count_bytes(self, p: Tensor, num_bytes: int) -> None:
         """Before anything happens to a gradient: what waits, and this one. One that waits in `p.grad` is the same tensor."""
         waiting = sum(self._waiting_bytes.values())
         if p in self._waiting_bytes and p not in self._held:
             waiting -= self._waiting_bytes[p]
-        self.peak_gradient_bytes = max(self.peak_gradient_bytes, waiting + p.grad.nbytes)
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, waiting + num_bytes)
 
     def _hold(self, p: Tensor, group: dict[str, Any], *, first: bool) -> None:
         compressed = self.compress(p, p.grad, group, first=first)
@@ -181,6 +186,9 @@ class LayerwiseOptimizer(ExactState):
             self._waiting_bytes[p] = p.grad.nbytes
             return
         p.grad = None
+        self._keep(p, compressed, first=first)
+
+    def _keep(self, p: Tensor, compressed: Tensor, *, first: bool) -> None:
         if first:
             self._held[p] = compressed
             self._waiting_bytes[p] = compressed.nbytes
@@ -214,7 +222,7 @@ def _weak_hook(optimizer: LayerwiseOptimizer) -> Callable[[Tensor], None]:
 
     def hook(p: Tensor) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and p.grad is not None:  # None: a layer has handed over what stands for it
             alive._on_gradient(p)
 
     return hook
