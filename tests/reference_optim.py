@@ -21,15 +21,7 @@ class ReferenceGaLore:
     def update(self, gradient, lr, signs_like=(None, None)):
         """One step. A singular vector has no sign of its own: it is taken from `signs_like`, a (left, right) pair."""
         if self.step % self.gap == 0:
-            u, _, vt = np.linalg.svd(gradient)
-            if self.side != "right":
-                self.left = u[:, : self.rank]
-                if signs_like[0] is not None:
-                    self.left = self.left * np.sign((self.left * signs_like[0]).sum(axis=0))
-            if self.side != "left":
-                self.right = vt[: self.rank]
-                if signs_like[1] is not None:
-                    self.right = self.right * np.sign((self.right * signs_like[1]).sum(axis=1))[:, None]
+            self.refresh(gradient, signs_like)
         low = gradient
         low = low if self.left is None else self.left.T @ low
         low = low if self.right is None else low @ self.right.T
@@ -47,6 +39,53 @@ class ReferenceGaLore:
         direction = direction if self.left is None else self.left @ direction
         direction = direction if self.right is None else direction @ self.right
         self.weight = self.weight - lr * (self.scale * direction + self.weight_decay * self.weight)
+
+    def refresh(self, gradient, signs_like):
+        u, _, vt = np.linalg.svd(gradient)
+        if self.side != "right":
+            self.left = u[:, : self.rank]
+            if signs_like[0] is not None:
+                self.left = self.left * np.sign((self.left * signs_like[0]).sum(axis=0))
+        if self.side != "left":
+            self.right = vt[: self.rank]
+            if signs_like[1] is not None:
+                self.right = self.right * np.sign((self.right * signs_like[1]).sum(axis=1))[:, None]
+
+
+class ReferenceQGaLore(ReferenceGaLore):
+    """Q-GaLore: the projector rounded to four bits, and a gap that doubles where the mean of five cosines is at least 0.4."""
+
+    def __init__(self, weight, **settings):
+        super().__init__(weight, **settings)
+        self.vector, self.cosines = None, []
+
+    def refresh(self, gradient, signs_like):
+        super().refresh(gradient, signs_like)
+        new = self.left[:, 0] if self.side == "left" else self.right[0]
+        if self.vector is not None:
+            cosine = sum(a * b for a, b in zip(new, self.vector, strict=True))
+            self.cosines.append(abs(cosine) / math.sqrt(sum(new**2) * sum(self.vector**2)))
+            last = self.cosines[-5:]
+            if len(last) == 5 and sum(last) / 5 >= 0.4:
+                self.gap *= 2
+        self.vector = new
+        if self.left is not None:
+            self.left = in_four_bits(self.left)
+        if self.right is not None:
+            self.right = in_four_bits(self.right)
+
+
+def in_four_bits(matrix):
+    """Groups of 256 in the order of the rows, each with 16 evenly spaced values that take in its extremes and zero."""
+    flat = [float(x) for x in matrix.reshape(-1)]
+    rounded = []
+    for start in range(0, len(flat), 256):
+        group = flat[start : start + 256]
+        low, high = min(0.0, *group), max(0.0, *group)
+        step = max(high - low, 1e-5) / 15
+        zero = round(-low / step)
+        rounded += [(min(max(round(x / step) + zero, 0), 15) - zero) * step for x in group]
+    return np.array(rounded).reshape(matrix.shape)
 
 
 class ReferenceFlora:

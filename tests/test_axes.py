@@ -68,6 +68,8 @@ SMALLER = {
     "checkpoint": {"saved"},
     "galore": {"optimizer"},
     "flora": {"optimizer"},
+    "q_galore": {"weights", "gradients", "optimizer", "saved"},  # gradients and activations in bfloat16
+    "q_galore_velora": {"weights", "gradients", "optimizer", "saved"},
     "grass": {"optimizer"},
     "grass_velora": {"optimizer", "saved"},
     "grass_velora_factored": {"gradients", "optimizer", "saved"},
@@ -105,7 +107,7 @@ def test_each_method_makes_its_own_term_smaller_and_no_other(model, method):
 @pytest.mark.parametrize("model", FAMILIES)
 @pytest.mark.parametrize(
     ("plain", "with_velora"),
-    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "lte", "qlora", "grass")],
+    [(name, f"{name}_velora") for name in ("lora", "ssf", "hydra", "multilora", "lte", "qlora", "grass", "q_galore")],
 )
 def test_velora_on_a_method_shrinks_what_is_saved_and_nothing_else(model, plain, with_velora):
     before, after = terms(model, plain), terms(model, with_velora)

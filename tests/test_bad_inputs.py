@@ -117,6 +117,10 @@ VALUES = {
     "one as truth": Bad("trainer.compile=1", ("trainer.compile=1 is not valid", "true or false")),
     "float as integer": Bad("trainer.max_steps=10.0", ("trainer.max_steps=10.0 is not valid", "an integer")),
     "float as rank": Bad("method=galore optimizer.rank=1.0", ("optimizer.rank=1.0", "an integer or less than 1")),
+    "cosine": Bad(
+        "method=q_galore optimizer.cos_threshold=1.5", ("optimizer.cos_threshold=1.5", "less than or equal to 1")
+    ),
+    "length of a queue": Bad("method=q_galore optimizer.queue_size=0", ("optimizer.queue_size=0", "greater than 0")),
     "selection of rows": Bad(
         "method=grass optimizer.selection=best", ("optimizer.selection=best", "'top' or 'sampled'")
     ),
@@ -187,6 +191,20 @@ VALUES = {
 }
 
 TOGETHER = {
+    "frozen int8 weights": Bad(
+        "method=lora weights=int8",
+        ("weights=int8 with adapter=lora: int8 weights are there to be trained", "weights=nf4"),
+    ),
+    "int8 weights with another optimiser": Bad(
+        "method=q_galore optimizer=galore", ("weights=int8 with optimizer=galore: only Q-GaLore", "or weights=dense")
+    ),
+    "compiled int8 weights": Bad(
+        "method=q_galore trainer.compile=true", ("trainer.compile=true with weights=int8", "set trainer.compile=false")
+    ),
+    "int8 weights in two halves": Bad(
+        "method=q_galore weights.dtype=fp16 trainer.precision=fp16",
+        ("weights.dtype=fp16 with trainer.precision=fp16", "set weights.dtype=fp32"),
+    ),
     "heads that do not divide": Bad(
         "method=lte adapter.num_heads=3 trainer.micro_batch_size=4",
         ("adapter.num_heads=3", "the 4 examples", "trainer.micro_batch_size=4", "give another number"),
@@ -434,6 +452,11 @@ RANKS = {
 TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 FSDP = "trainer.sharding=fsdp"
 SHARDED = {
+    "int8 weights": Bad(
+        "method=q_galore",
+        ("weights=int8 in 2 processes", "train in one process, or use weights=dense"),
+        environment=TWO,
+    ),
     "in one process": Bad(FSDP, ("trainer.sharding=fsdp has no effect in one process", "torchrun")),
     "no training": Bad(
         f"task=mmlu trainer.max_steps=0 {FSDP}", ("no effect with trainer.max_steps=0",), environment=TWO
@@ -457,7 +480,7 @@ SHARDED = {
             (f"optimizer={optimizer} with trainer.sharding=fsdp: it needs whole parameters", "use optimizer=adamw"),
             environment=TWO,
         )
-        for optimizer in ("adafactor", "adamw_8bit", "galore", "grass", "flora", "lomo")
+        for optimizer in ("adafactor", "adamw_8bit", "galore", "q_galore", "grass", "flora", "lomo")
     },
     "another word": Bad("trainer.sharding=zero3", ("trainer.sharding=zero3", "'none' or 'fsdp'")),
 }

@@ -16,7 +16,7 @@ FILE = Path(__file__).parent / "curves.json"
 METHODS = (
     "full", "linear_probe", "lora", "qlora", "ssf", "hydra", "galore", "grass", "flora", "velora", "velora_all",
     "lora_velora", "qlora_velora", "ssf_velora", "hydra_velora", "multilora", "multilora_velora", "qpissa", "grass_velora",
-    "grass_velora_factored", "lte", "lte_velora", "checkpoint",
+    "grass_velora_factored", "q_galore", "q_galore_velora", "lte", "lte_velora", "checkpoint",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "lomo": [*TEXT, "method=full", "optimizer=lomo", "trainer.max_grad_norm=null"],
     "galore 8 bit": [*TEXT, "method=galore", "optimizer.bits=8"],
     "galore layer-wise": [*TEXT, "method=galore", "optimizer.layerwise=true", "trainer.max_grad_norm=null"],
+    "q_galore": [*TEXT, "method=q_galore_velora", "optimizer.update_proj_gap=1", "optimizer.cos_threshold=0.1"],
     "grass, sampled": [*TEXT, "method=grass_velora", "optimizer.selection=sampled", "optimizer.update_gap=3"],
     "flora layer-wise, accumulated": [
         *TEXT, "method=flora", "optimizer.layerwise=true", "trainer.max_grad_norm=null", "trainer.micro_batch_size=4",

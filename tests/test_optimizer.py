@@ -16,7 +16,7 @@ from tiny import tiny_llama, tiny_roberta, tiny_vit, token_batch
 from velora.cli import conf_dir
 from velora.config.parts import Optimizer, part_class
 from velora.errors import ConfigError
-from velora.optim import Adafactor, Flora, GaLoreAdamW, GrassAdamW, Lomo
+from velora.optim import Adafactor, Flora, GaLoreAdamW, GrassAdamW, Lomo, QGaLoreAdamW
 from velora.optim.groups import weight_decay_groups
 
 FILES = sorted(Path(conf_dir(), "optimizer").glob("*.yaml"))
@@ -46,7 +46,7 @@ def one_step(model, optimizer):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_trains_a_tiny_llama(file):
-    if file.stem == "adamw_8bit":
+    if file.stem in ("adamw_8bit", "q_galore"):
         pytest.importorskip("bitsandbytes", minversion="0.50")
     model, optimizer_part = tiny_llama(), part(file.stem)
     assert not list(optimizer_part.problems(run()))
@@ -70,6 +70,18 @@ def test_settings_arrive():
     }  # fmt: skip
     assert expected.items() <= optimizer.param_groups[0].items()
     assert optimizer.seed == 7
+    changes = {
+        "scale": 2.0,
+        "svd": "randomized",
+        "update_proj_gap": 9,
+        "eps": 0.1,
+        "cos_threshold": 0.5,
+        "queue_size": 3,
+    }
+    q_galore = part("q_galore", betas=[0.5, 0.6], bits=32, **changes).build(tiny_llama(), run())
+    assert isinstance(q_galore, QGaLoreAdamW)
+    assert {**changes, "betas": (0.5, 0.6), "bits": 32}.items() <= q_galore.param_groups[0].items()
+    assert q_galore.seed == 7
     changes = {"scale": 2.0, "selection": "sampled", "update_gap": 9, "eps": 0.1}
     grass = part("grass", betas=[0.5, 0.6], **changes).build(tiny_llama(), run())
     assert isinstance(grass, GrassAdamW)
@@ -96,7 +108,7 @@ def test_settings_arrive():
     assert isinstance(part("lomo").build(tiny_llama(), run()), Lomo)
 
 
-@pytest.mark.parametrize("name", ["galore", "grass", "flora"])
+@pytest.mark.parametrize("name", ["galore", "q_galore", "grass", "flora"])
 def test_a_fraction_as_rank_follows_each_matrix(name):
     """The shorter side is 32 in all 14 matrices of the tiny LLaMA."""
     for rank, expected in ((0.25, 8), (6, 6)):
@@ -148,6 +160,8 @@ def test_an_unknown_architecture_and_a_missing_role():
     ("name", "changes", "trainer", "sentence"),
     [
         ("galore", {}, {"adapter": "lora"}, "use adapter=full or optimizer=adamw"),
+        ("q_galore", {}, {"adapter": "lora"}, "use adapter=full or optimizer=adamw"),
+        ("q_galore", {"layerwise": True}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
         ("grass", {}, {"adapter": "lora"}, "use adapter=full or optimizer=adamw"),
         ("grass", {"layerwise": True}, {"max_grad_norm": 1.0}, "set trainer.max_grad_norm=null"),
         ("flora", {}, {"adapter": "linear_probe"}, "use adapter=full or optimizer=adamw"),
@@ -182,6 +196,7 @@ def test_what_can_be_combined_is_not_refused(name, changes, trainer):
         ("galore", {"rank": 1.5}), ("galore", {"rank": 0}), ("galore", {"bits": 4}), ("galore", {"betas": [0.9, 1.0]}),
         ("flora", {"decay_rate": 0.8}), ("flora", {"sketched": "none"}), ("adamw_8bit", {"min_8bit_size": 0}),
         ("lomo", {"max_grad_value": 0.0}), ("galore", {"layers": []}), ("grass", {"rank": 1.5}), ("grass", {"update_gap": 0}),
+        ("q_galore", {"cos_threshold": 0.0}), ("q_galore", {"queue_size": 0}), ("q_galore", {"bits": 4}),
         ("grass", {"scale": 0.0}), ("grass", {"selection": "best"}),
     ],
 )  # fmt: skip

@@ -134,12 +134,14 @@ SECTIONS = {
     "wandb.tags": Read("tracker.py"),
 }
 
-GALORE, GRASS, FLORA, LORA = (
+GALORE, Q_GALORE, GRASS, FLORA, LORA = (
     "method=galore",
+    "method=q_galore",
     "method=grass",
     "method=flora optimizer.scale_parameter=false",
     "method=lora",
 )
+TURNING = "optimizer.update_proj_gap=1 optimizer.cos_threshold=0.001"
 LTE = "method=lte"
 ADAMW_8BIT = "method=full optimizer=adamw_8bit"
 ADAFACTOR = "method=full optimizer=adafactor"
@@ -148,6 +150,7 @@ VELORA = "method=velora activations.layers=[value,down] activations.sub_token_si
 
 PARTS: dict[str, dict[str, Any]] = {
     "weights=dense": {"dtype": Network("bf16")},
+    "weights=int8": {"dtype": Network("fp32", "method=q_galore")},
     "weights=nf4": {
         "quant_type": Network("fp4", "method=qlora"),
         "double_quant": Network(False, "method=qlora"),
@@ -223,6 +226,19 @@ PARTS: dict[str, dict[str, Any]] = {
         "bits": Network(8, GALORE),
         "betas": Network([0.5, 0.9], GALORE),
         "eps": Network(0.1, GALORE),
+    },
+    "optimizer=q_galore": {
+        "layers": Network(["value"], Q_GALORE),
+        "rank": Network(2, Q_GALORE),
+        "layerwise": Network(True, Q_GALORE),
+        "update_proj_gap": Network(1, Q_GALORE),
+        "scale": Network(3.0, Q_GALORE),
+        "svd": Network("randomized", Q_GALORE),
+        "cos_threshold": Network(1.0, f"{Q_GALORE} {TURNING} optimizer.queue_size=1"),
+        "queue_size": Network(1, f"{Q_GALORE} {TURNING}"),
+        "bits": Network(32, Q_GALORE),
+        "betas": Network([0.5, 0.9], Q_GALORE),
+        "eps": Network(0.1, Q_GALORE),
     },
     "optimizer=grass": {
         "layers": Network(["value"], GRASS),

@@ -175,6 +175,34 @@ class GaLore(LowRankOptimizer):
         )
 
 
+class QGaLore(LowRankOptimizer):
+    trains_int8: ClassVar[bool] = True
+
+    kind: Literal["q_galore"]
+    update_proj_gap: PositiveInt
+    scale: PositiveFloat
+    svd: Literal["exact", "randomized"]
+    cos_threshold: Annotated[float, Field(gt=0, le=1)] | None
+    queue_size: PositiveInt
+    bits: Literal[32, 8]
+    betas: tuple[Beta, Beta]
+    eps: NonNegativeFloat
+
+    def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
+        from velora.nn.int8 import int8_layers
+        from velora.optim.q_galore import QGaLoreAdamW
+
+        keys = ("update_proj_gap", "scale", "svd", "cos_threshold", "queue_size")
+        return QGaLoreAdamW(
+            self.groups(model, config, **{name: getattr(self, name) for name in keys}),
+            betas=self.betas,
+            eps=self.eps,
+            bits=self.bits,
+            int8=int8_layers(model),
+            **self.common_options(config),
+        )
+
+
 class Grass(LowRankOptimizer):
     """`factored`: gradients and moments of VeLoRA's layers keep one number for each sub-token of a row."""
 

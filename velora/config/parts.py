@@ -104,7 +104,7 @@ class TaskData:
 
 
 class Weights(Part):
-    """How the weights that do not train are kept."""
+    """How the weights are kept; those that train too, where they can be kept so."""
 
     quantised: ClassVar[bool] = False  # frozen weights in a form that cannot train
 
@@ -146,6 +146,7 @@ class Optimizer(Part):
     """What the optimiser keeps per parameter."""
 
     takes_shards: ClassVar[bool] = True  # works where a process has a part of each parameter (trainer.sharding=fsdp)
+    trains_int8: ClassVar[bool] = False  # writes weights back that are kept in eight bits (weights=int8)
 
     def build(self, model: nn.Module, config: Config) -> torch.optim.Optimizer:
         """An optimiser over the trainable parameters; learning rate and weight decay stand in `config.trainer`."""

@@ -1,4 +1,4 @@
-"""How the weights that do not train are kept (the axis `weights`)."""
+"""How the weights are kept (the axis `weights`)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from velora.config.parts import Weights
+from velora.config.processes import num_processes
 from velora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +59,57 @@ class Dense(Weights):
 
     def apply(self, model: nn.Module, config: Config) -> nn.Module:
         cast_parameters(model, torch_dtype(self.dtype))
+        return model
+
+
+class Int8(Weights):
+    """Trained linear layers of the backbone in eight bits; embeddings, norms, biases and the head stay dense, in `dtype`, which is
+    also that of the products and gradients of the others. The network is built or loaded in `dtype` first.
+    """
+
+    kind: Literal["int8"]
+    dtype: FloatName
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if not config.adapter.trains_base_weights:
+            yield (
+                f"weights=int8 with adapter={config.adapter.kind}: int8 weights are there to be trained, and here they are frozen; "
+                "use weights=nf4, which keeps frozen weights in half of that, or adapter=full"
+            )
+        elif not config.optimizer.trains_int8:
+            yield (
+                f"weights=int8 with optimizer={config.optimizer.kind}: only Q-GaLore rounds an updated weight back to eight bits; "
+                "use optimizer=q_galore or weights=dense"
+            )
+        if self.dtype == config.trainer.precision == "fp16":
+            yield (
+                "weights.dtype=fp16 with trainer.precision=fp16: loss scaling needs gradients in fp32; set weights.dtype=fp32 "
+                "(mixed precision) or trainer.precision=fp32 (everything in fp16)"
+            )
+        if num_processes() > 1:
+            yield (
+                f"weights=int8 in {num_processes()} processes: what stands for an int8 weight cannot be sent to the others; "
+                "train in one process, or use weights=dense"
+            )
+        if config.trainer.compile:
+            yield "trainer.compile=true with weights=int8 is not supported; set trainer.compile=false or weights=dense"
+
+    def load_options(self) -> dict[str, Any]:
+        return {"dtype": torch_dtype(self.dtype)}
+
+    def apply(self, model: nn.Module, config: Config) -> nn.Module:
+        from velora.nn.head import head_names
+        from velora.nn.int8 import Int8Linear
+        from velora.nn.quantised import quantise_model
+        from velora.nn.swap import bare_layers
+
+        dtype = torch_dtype(self.dtype)
+        keep = [*head_names(model), *bare_layers(model)]
+        if not quantise_model(model, keep=keep, quantise=lambda _name, linear: Int8Linear(linear, dtype)):
+            raise ConfigError(
+                f"weights=int8: model={config.model.name} has no linear layer outside its head; use weights=dense"
+            )
+        cast_parameters(model, dtype)
         return model
 
 

@@ -28,6 +28,7 @@ from torch import nn
 
 from velora.config.roles import roles_by_module
 from velora.memory.storages import unique_bytes
+from velora.nn.int8 import int8_layers
 from velora.nn.twin import VeloraTwin
 
 COUNTED_ROLES = ("query", "key", "value", "output", "down")
@@ -108,8 +109,9 @@ def accounting(network: nn.Module, num_tokens: int, bytes_per_feature: int) -> M
         kept = module.num_groups if isinstance(module, VeloraTwin) else width
         inputs += num_tokens * kept * bytes_per_feature
     parameters = list(network.parameters())
+    codes = [t for layer in int8_layers(network).values() for t in layer.code_tensors()]
     return {
         "frozen weights": unique_bytes(p for p in parameters if not p.requires_grad),
-        "trained weights": unique_bytes(p for p in parameters if p.requires_grad),
+        "trained weights": unique_bytes([*codes, *(p for p in parameters if p.requires_grad)]),
         "inputs of trained layers": inputs,
     }

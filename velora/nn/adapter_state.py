@@ -74,12 +74,14 @@ def _own_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_network(model: nn.Module, folder: str | Path) -> None:
-    """Write the whole network as plain layers would be: VeLoRA's directions are left out, so that any program reads it."""
+    """Write the whole network as plain layers would be, so that any program reads it: VeLoRA's directions are left out, and int8
+    weights are what their codes stand for."""
     from velora.nn.apply import velora_layers
+    from velora.nn.int8 import dense_states
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _whole(model) as network:
+    with _whole(model) as network, dense_states(network):
         own = {f"{name}.{buffer}" for name in velora_layers(network) for buffer in BUFFERS}
         state = {name: tensor for name, tensor in network.state_dict().items() if name not in own}
         if hasattr(network, "save_pretrained"):

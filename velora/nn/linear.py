@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
@@ -43,6 +42,8 @@ class VeloraLinear(VeloraTwin, nn.Linear):
     """
 
     plain_class = nn.Linear
+    dense: Any = None  # makes the weight in a dtype, where it is kept in another form (velora/nn/int8.py)
+    compute: Any = staticmethod(linear)
 
     @staticmethod
     def width_of(module: Any) -> int:
@@ -50,13 +51,13 @@ class VeloraLinear(VeloraTwin, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.compresses():
-            return F.linear(input, self.weight, self.bias)
+            return self.plain_class.forward(self, input)
         self.observe(input)
         dtype = autocast_dtype(input.device)
         with torch.no_grad():
             z = self.codes(input, cast_type(input, dtype))
         taker = None if torch.compiler.is_compiling() else self.factor_taker
-        return self.product(_Linear, linear, cast(input, dtype), z, dtype, taker)
+        return self.product(_Linear, self.compute, cast(input, dtype), z, dtype, taker, self.dense)
 
 
 class _Linear(torch.autograd.Function):
@@ -80,14 +81,15 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype | None,
         early: bool,
         taker: Any,
+        dense: Any,
     ) -> Tensor:
         ctx.save_for_backward(z, weight, direction)
-        ctx.scale, ctx.later, ctx.taker = scale, later, taker
+        ctx.scale, ctx.later, ctx.taker, ctx.dense = scale, later, taker, dense
         ctx.shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         if early:
             return stand_in(x, *x.shape[:-1], weight.shape[0])
-        return linear(x, weight, bias, dtype)
+        return linear(x, weight if dense is None else dense(cast_type(weight, dtype)), bias, dtype)
 
     @staticmethod
     @first_order(NO_SECOND_DERIVATIVE)
@@ -95,9 +97,11 @@ class _Linear(torch.autograd.Function):
         z, weight, direction = ctx.saved_tensors
         needed = wanted(ctx)
         dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        dx = (dy @ weight.to(dy.dtype)).view(ctx.shape) if needed[0] else None
+        dx = None
+        if needed[0]:
+            dx = (dy @ (weight.to(dy.dtype) if ctx.dense is None else ctx.dense(dy.dtype))).view(ctx.shape)
         dw, db = weight_gradients(ctx, needed, _gradients, ctx.taker, dy, z, weight, direction)
-        return dx, None, dw, db, None, None, None, None, None, None
+        return dx, None, dw, db, None, None, None, None, None, None, None
 
 
 def _gradients(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from velora.errors import ConfigError
+from velora.nn.int8 import Int8Linear
 from velora.nn.quantised import is_quantised
 
 PARTS = ("query", "key", "value")
@@ -59,9 +60,15 @@ def _linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
 def _fused_keys(module: nn.Module) -> list[str]:
     """Names of the parameters that are one in timm's network; none where a part is quantised or holds an adapter."""
     parts = [getattr(module, name) for name in PARTS]
-    if not all(isinstance(part, nn.Linear) and not is_quantised(part) for part in parts):
+    if not all(_has_dense_state(part) for part in parts):
         return []
     return ["weight"] if parts[0].bias is None else ["weight", "bias"]
+
+
+def _has_dense_state(part: nn.Module) -> bool:
+    if isinstance(part, Int8Linear):
+        return part.state_is_dense
+    return isinstance(part, nn.Linear) and not is_quantised(part)
 
 
 def _fuse(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

@@ -21,6 +21,7 @@ from velora.config.roles import matches
 from velora.errors import ConfigError
 from velora.nn.conv import VeloraConv1d, VeloraConv2d, VeloraConv3d
 from velora.nn.heads import HeadsLinear, VeloraHeadsLinear
+from velora.nn.int8 import Int8Linear, VeloraInt8Linear
 from velora.nn.lean_layers import plain_class_of
 from velora.nn.linear import VeloraLinear
 from velora.nn.scale_shift import ScaleShift, VeloraScaleShift
@@ -28,6 +29,7 @@ from velora.nn.twin import VeloraTwin
 
 TWINS: dict[type[nn.Module], type[VeloraTwin]] = {
     nn.Linear: VeloraLinear,
+    Int8Linear: VeloraInt8Linear,
     nn.Conv1d: VeloraConv1d,
     nn.Conv2d: VeloraConv2d,
     nn.Conv3d: VeloraConv3d,

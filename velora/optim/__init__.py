@@ -1,4 +1,4 @@
-"""Optimisers with a small state, as torch.optim has its own: GaLore, Grass, FLoRA, LOMO, and Adafactor with an exact restart."""
+"""Optimisers with a small state, as torch.optim has its own: GaLore, Q-GaLore, Grass, FLoRA, LOMO, an exact Adafactor."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from velora.optim.grass import GrassAdamW
     from velora.optim.grass_factors import FactoredGrassAdamW
     from velora.optim.lomo import Lomo
+    from velora.optim.q_galore import QGaLoreAdamW
 
 _HOME = {
     "Adafactor": "adafactor",
@@ -18,9 +19,10 @@ _HOME = {
     "GaLoreAdamW": "galore",
     "GrassAdamW": "grass",
     "Lomo": "lomo",
+    "QGaLoreAdamW": "q_galore",
 }
 
-__all__ = ["Adafactor", "FactoredGrassAdamW", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo"]
+__all__ = ["Adafactor", "FactoredGrassAdamW", "Flora", "GaLoreAdamW", "GrassAdamW", "Lomo", "QGaLoreAdamW"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ Adam's ε stands as in galore-torch, and as in section 2 of Adam's paper, outsid
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -84,11 +86,15 @@ class GaLoreAdamW(LayerwiseOptimizer):
         compressed = self.compress(p, gradient, group, first=True)
         if compressed is not None:
             self.update_compressed(p, compressed, group)
-        elif self._moments(p, gradient, group)["exp_avg"].dtype == torch.uint8:
-            self._adam_8bit(p, gradient, p, group, lr=group["lr"], weight_decay=group["weight_decay"])
-        else:
-            normalized, correction = self._adam(p, gradient, group)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(normalized, alpha=-group["lr"] * correction)
+            return
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        in_8bit = self._moments(p, gradient, group)["exp_avg"].dtype == torch.uint8
+        with self._writing(p) as weight:
+            if in_8bit:
+                self._adam_8bit(p, gradient.to(weight.dtype), weight, group, lr=lr, weight_decay=weight_decay)
+            else:
+                normalized, correction = self._adam(p, gradient, group)
+                weight.mul_(1 - lr * weight_decay).add_(normalized, alpha=-lr * correction)
 
     def compress(self, p: Tensor, gradient: Tensor, group: dict[str, Any], *, first: bool) -> Tensor | None:
         if "rank" not in group:
@@ -96,11 +102,11 @@ class GaLoreAdamW(LayerwiseOptimizer):
         refuse_sharded(gradient)
         state = self.state[p]
         step = state.get("step", 0)
-        if first and step % group["update_proj_gap"] == 0:
+        if first and step % state.get("gap", group["update_proj_gap"]) == 0:
             seed = derive_seed(self.seed, self._index(p), step)
-            left, right = leading_directions(gradient, group["rank"], group["proj_type"], group["svd"], seed)
-            state.update({name: side for name, side in (("left", left), ("right", right)) if side is not None})
-        return project(gradient, self._projector(p))
+            found = leading_directions(gradient, group["rank"], group["proj_type"], group["svd"], seed)
+            self._keep_projector(p, found, group)
+        return project(gradient, self._projector(p, group))
 
     def update_compressed(self, p: Tensor, compressed: Tensor, group: dict[str, Any]) -> None:
         lr, scale = group["lr"], group["scale"]
@@ -110,9 +116,14 @@ class GaLoreAdamW(LayerwiseOptimizer):
             normalized, correction = step.neg_(), 1.0
         else:
             normalized, correction = self._adam(p, compressed, group)
-        p.mul_(1 - lr * group["weight_decay"])
-        full = project_back(normalized.to(p.dtype), self._projector(p))  # M x D
-        p.add_(full, alpha=-lr * scale * correction)
+        full = project_back(normalized.to(p.dtype), self._projector(p, group))  # M x D
+        with self._writing(p) as weight:
+            weight.mul_(1 - lr * group["weight_decay"]).add_(full, alpha=-lr * scale * correction)
+
+    @contextmanager
+    def _writing(self, p: Tensor) -> Iterator[Tensor]:
+        """The weight that `p` stands for, to be changed in place; where it is kept in another form, it is brought back to it."""
+        yield p
 
     def _adam(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> tuple[Tensor, float]:
         """m / (√v + ε) after this gradient, and its bias correction."""
@@ -172,7 +183,11 @@ class GaLoreAdamW(LayerwiseOptimizer):
             state["exp_avg_sq"] = torch.zeros_like(gradient, dtype=dtype)
         return state
 
-    def _projector(self, p: Tensor) -> Projector:
+    def _keep_projector(self, p: Tensor, projector: Projector, group: dict[str, Any]) -> None:
+        names = ("left", "right")
+        self.state[p].update({name: side for name, side in zip(names, projector, strict=True) if side is not None})
+
+    def _projector(self, p: Tensor, group: dict[str, Any]) -> Projector:
         return self.state[p].get("left"), self.state[p].get("right")
 
     def _index(self, p: Tensor) -> int:
