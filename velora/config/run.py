@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -52,6 +52,10 @@ from velora.config.processes import num_processes
 from velora.config.read import listing, model_in, parse, shown, unknown_key
 from velora.config.sharding import sharding_problems
 from velora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 T = TypeVar("T")
 
@@ -261,6 +265,11 @@ class Config(Section):
     @property
     def raw(self) -> dict[str, Any]:
         return self._raw
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """What an optimiser step, the `step`-th of the run, has after it."""
+        self.adapter.after_step(model, self, optimizer, step)
+        self.activations.after_step(model)
 
     @property
     def has_only_shapes(self) -> bool:

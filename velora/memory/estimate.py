@@ -31,6 +31,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import psutil
@@ -146,7 +147,7 @@ def estimate(
             pretended.losses,
             optimizer,
             max_grad_norm=config.trainer.max_grad_norm,
-            after_step=config.activations.after_step,
+            after_step=partial(config.after_step, pretended.network, optimizer),
             timeline=timeline,
         )
     return figures_of(timeline, "estimated", pretended.device, 2, after_load)

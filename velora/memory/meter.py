@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -181,7 +182,7 @@ def training_steps(
     *,
     num_steps: int = 2,
     max_grad_norm: float | None = None,
-    after_step: Callable[[nn.Module], Any] = lambda _model: None,
+    after_step: Callable[[int], Any] = lambda _step: None,
     timeline: Timeline | None = None,
 ) -> None:
     """Plain training steps, in the order in which transformers' Trainer does things.
@@ -189,7 +190,7 @@ def training_steps(
     Each of `micro_batches` computes one loss; their mean is what a step follows. The second step is the first one with
     the optimizer's state in place.
     """
-    for _ in range(num_steps):
+    for step in range(1, num_steps + 1):
         for forward in micro_batches:
             loss = forward()
             if timeline is not None:
@@ -199,7 +200,7 @@ def training_steps(
         if max_grad_norm:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
-        after_step(model)
+        after_step(step)
         if timeline is not None:
             timeline.settle()
         model.zero_grad()
@@ -212,7 +213,7 @@ def measure_steps(
     *,
     num_steps: int = 2,
     max_grad_norm: float | None = None,
-    after_step: Callable[[nn.Module], Any] = lambda _model: None,
+    after_step: Callable[[int], Any] = lambda _step: None,
 ) -> MemoryFigures:
     """Run and measure real training steps (the weights change): one to warm up and `num_steps` - 1 more."""
     meter = Meter(model)
@@ -246,7 +247,7 @@ def measure(config: Config, *, num_steps: int = 2, padded: bool = False) -> Memo
             optimizer,
             num_steps=num_steps,
             max_grad_norm=config.trainer.max_grad_norm,
-            after_step=config.activations.after_step,
+            after_step=partial(config.after_step, network, optimizer),
             timeline=meter.timeline,
         )
     return meter.figures

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def timed_steps(config: Config, device: torch.device, num_steps: int = NUM_STEPS
     def steps(number: int) -> None:
         training_steps(
             network, losses, optimizer, num_steps=number,
-            max_grad_norm=config.trainer.max_grad_norm, after_step=config.activations.after_step,
+            max_grad_norm=config.trainer.max_grad_norm, after_step=partial(config.after_step, network, optimizer),
         )  # fmt: skip
 
     steps(WARM_UP)

@@ -309,8 +309,7 @@ class Watch(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.config.adapter.after_step(model, self.config, kwargs["optimizer"], state.global_step)
-        self.config.activations.after_step(model)
+        self.config.after_step(model, kwargs["optimizer"], state.global_step)
         self.figures.chrono.step()
         if self.stop.signal_name is not None:
             control.should_save = args.save_strategy != "no"
