@@ -33,6 +33,7 @@ REASONS = (
     "int8 weights are there to be trained, and here they are frozen",
     "only Q-GaLore rounds an updated weight back to eight bits",
     "adapter=lte with weights=nf4: the heads are merged into the weights",
+    "only VeLoRA's gradients have factors",
     "activations.layers=null names no layers",  # adapter=ssf, which has no targets
 )
 

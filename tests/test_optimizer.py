@@ -178,6 +178,15 @@ def test_what_cannot_be_combined_is_said_in_a_sentence(name, changes, trainer, s
     assert sentence in problems[0]
 
 
+@pytest.mark.parametrize(("name", "changes"), [("galore", {"layerwise": True}), ("lomo", {})])
+def test_several_processes_are_refused_before_anything_is_loaded(name, changes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (problem,) = part(name, **changes).problems(run(max_grad_norm=None))
+    assert "in 2 processes: a layer-wise optimiser uses gradients before they are averaged" in problem
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not list(part(name, **changes).problems(run(max_grad_norm=None)))
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "trainer"),
     [

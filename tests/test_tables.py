@@ -77,7 +77,7 @@ def test_memory_of_table_4_is_of_batch_1():
 
 def test_a_level_stands_for_settings_that_the_user_may_change():
     small = velora.compose("experiment=table2/lora", "level=small", "task=glue/cola")
-    assert (small.model.name, small.trainer.max_steps, small.experiment.level) == ("minilm", 200, "small")
+    assert (small.model.name, small.trainer.max_steps, small.experiment.level) == ("minilm", 60, "small")
     mine = velora.compose(
         "experiment=table2/lora", "level=small", "task=glue/cola", "trainer.max_steps=7", "model=roberta_tiny"
     )
@@ -102,7 +102,7 @@ def test_a_level_changes_nothing_but_what_it_lists():
         (("table=table2",), "table=table2: a table is many runs; velora-train -m table=table2 runs them"),
         (("experiment=table2/velora", "level=tiny"), "level=tiny is not known; it is one of paper, memory, small"),
         (("experiment=vtab_ssf", "level=small"), "experiment=vtab_ssf has no such level; it has paper"),
-        (("experiment=table1/full", "level=small"), "experiment=table1/full has no such level; it has paper, memory"),
+        (("experiment=table5a/qlora", "level=small"), "experiment=table5a/qlora has no such level; it has paper"),
     ],
 )
 def test_a_level_that_is_not_there(overrides, sentence):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, NegativeFloat, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from velora.config.parts import Optimizer
+from velora.config.processes import num_processes
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +21,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 def layerwise_problems(setting: str, config: Config) -> Iterator[str]:
-    """Sentences on clipping and on scaled gradients; `setting` names what makes the optimiser layer-wise."""
+    """Sentences on clipping, scaled gradients and several processes; `setting` names what makes the optimiser layer-wise."""
     trainer = config.trainer
+    if num_processes() > 1:
+        yield (
+            f"{setting} in {num_processes()} processes: a layer-wise optimiser uses gradients before they are averaged over "
+            "the processes; start one process, or set optimizer.layerwise=false (lomo has no other form)"
+        )
     if trainer.max_grad_norm:
         yield (
             f"trainer.max_grad_norm={trainer.max_grad_norm} with {setting}: each gradient is used and freed before the norm of "

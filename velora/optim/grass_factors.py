@@ -115,7 +115,7 @@ class FactoredGrassAdamW(GrassAdamW):
         """m / (√s + ε), R x D, of the factor R x G."""
         state = self.state[p]
         if "v" not in state:
-            return super()._adam(p, gradient, group)
+            return GrassAdamW._adam(self, p, gradient, group)
         correction, v = self._move_moments(p, gradient, group), state["v"]
         spread = state["exp_avg_sq"].sqrt().unsqueeze(-1) * v.abs()  # (R, G, S)
         return (state["exp_avg"].unsqueeze(-1) * v).div_(spread.add_(group["eps"])).flatten(1), correction
