@@ -26,7 +26,10 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-SLOW_FILES = ("test_run", "test_kills", "test_sweep_kills", "test_train", "test_memory_cli", "test_distributed")
+SLOW_FILES = (
+    "test_run", "test_kills", "test_sweep_kills", "test_train", "test_train_loss", "test_train_resume", "test_train_divergence",
+    "test_memory_cli", "test_distributed",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from text_helpers import composed
 
 import velora
+from velora.config.parts import Phase
 from velora.config.run import Config
 
 LLAMA = ["task=manual", "model=llama_tiny", "model.architecture.num_hidden_layers=2", "model.architecture.hidden_size=32",
@@ -50,3 +55,51 @@ def lines_of(config: Config) -> list[dict[str, Any]]:
 def steps_of(config: Config) -> list[dict[str, Any]]:
     """Its lines of training steps."""
     return [line for line in lines_of(config) if "loss" in line]
+
+
+def curve(config):
+    return [(line["loss"], line["grad_norm"]) for line in steps_of(config)]
+
+
+def train_in_two_processes(runs: dict[str, list[str]], folder: Path) -> None:
+    """Two gloo processes under torchrun's environment, all runs in one start, into <folder>/two/<name>."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    worker = Path(__file__).parent / "loop_worker.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(folder)],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        error = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, error[-3000:]
+
+
+PHASE = Phase("train", None, {"": None})
+
+
+class Killed(BaseException):
+    """Ends a run as a kill would: nothing of ours catches it."""
+
+
+def kill_when(monkeypatch, method, moment):
+    """Raise out of PhaseTrainer.<method> the first time that `moment(trainer)` holds; the later start is not disturbed."""
+    from velora.run.train import PhaseTrainer
+
+    original = getattr(PhaseTrainer, method)
+    killed = []
+
+    def until(self, *args, **kwargs):
+        if not killed and moment(self):
+            killed.append(True)
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PhaseTrainer, method, until)

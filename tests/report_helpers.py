@@ -63,3 +63,32 @@ def write_sweep(
             memory={"saved_for_backward_bytes": int(2**20 * (100 + 800 / size))}, speed={"tokens_per_second": 100.0 + size},
             config={"activations.kind": "velora", key: value}, lines=5, **changes,
         )  # fmt: skip
+
+
+def write_vtab(folder: Path, method: str, seed: int, accuracy: float, speed: float, **changes) -> None:
+    record = {
+        "name": f"vtab_dtd-vit-{method}", "status": "ok", "error": None, "method": method, "model": "vit", "task": "vtab/dtd",
+        "seed": seed, "metrics": {"accuracy": accuracy, "best": {"accuracy": accuracy, "step": 3, "epoch": 1.0}},
+        "memory": {"saved_for_backward_bytes": 2**20, "weights_bytes": 2**21, "peak_allocated_bytes": None},
+        "speed": {"images_per_second": speed}, "parameters": {"total": 10, "trainable": 5},
+        "config": {"task": {"group": "natural"}, "experiment": {"paper": {"vtab/dtd": {"accuracy": 0.678}}}}, **changes,
+    }  # fmt: skip
+    place = folder / record["task"] / method / f"seed{seed}"
+    place.mkdir(parents=True)
+    (place / "result.json").write_text(json.dumps(record))
+    lines = [{"phase": "train", "step": s, "loss": 1 / s} for s in (1, 2, 3)]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def three_runs(folder: Path) -> Path:
+    write_vtab(folder, "full", 0, 0.5, 100.0)
+    write_vtab(folder, "full", 1, 0.7, 100.0)
+    write_vtab(folder, "velora", 0, 0.8, 125.0)
+    return folder
+
+
+RECORD = {
+    "name": "vtab_dtd-vit-lora", "status": "ok", "error": None, "method": "lora", "model": "vit", "task": "vtab/dtd", "seed": 0,
+    "metrics": {"accuracy": 0.5, "best": {"accuracy": 0.5, "step": 3, "epoch": 1.0}}, "memory": {"weights_bytes": 4},
+    "speed": {"images_per_second": 1.0}, "parameters": {"total": 10, "trainable": 5}, "config": {"task": {"group": "natural"}},
+}  # fmt: skip

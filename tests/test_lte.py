@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 import reference
 import torch
-from loop_helpers import FAMILIES, LLAMA, config_of, lines_of, train
-from test_train import Killed, curve, kill_when, train_in_two_processes
+from loop_helpers import (
+    FAMILIES,
+    LLAMA,
+    Killed,
+    config_of,
+    curve,
+    kill_when,
+    lines_of,
+    train,
+    train_in_two_processes,
+)
 from text_helpers import composed
 from torch import nn
 

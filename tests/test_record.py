@@ -5,43 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from record_helpers import config, released, started
 from text_helpers import composed
 
 from velora.config.run import differing_keys, validate
-from velora.errors import ConfigError
-from velora.run.checkpoints import write_manifest
+from velora.errors import ConfigError, RunError
 from velora.run.environment import git_state, versions
 from velora.run.record import Run
-
-
-def config(folder: Path, **changes):
-    raw = {
-        "name": "a",
-        "seed": 0,
-        "trainer": {"max_steps": 3, "device": "auto"},
-        "model": {"name": "m"},
-        "task": {"name": "t"},
-        **changes.pop("raw", {}),
-    }
-    values = {
-        "name": "a", "seed": 0, "runs_dir": folder, "folder": folder / "a" / "seed0", "resume": "auto", "overwrite": False,
-        "raw": raw, "method": SimpleNamespace(name="full"), "model": SimpleNamespace(name="m"), "task": SimpleNamespace(name="t"),
-    }  # fmt: skip
-    return SimpleNamespace(**{**values, **changes})
-
-
-def started(folder: Path, **changes) -> Run:
-    run = Run(config(folder, **changes))
-    run.start()
-    run.log({"phase": "train", "step": 1, "loss": 1.0})
-    return run
-
-
-def released(run: Run) -> None:
-    run._lock.close()
 
 
 def test_same_configuration_may_continue(tmp_path):
@@ -50,22 +24,6 @@ def test_same_configuration_may_continue(tmp_path):
         config(tmp_path, raw={"trainer": {"max_steps": 3, "device": "cpu"}})
     )  # where it is computed does not count
     assert not run.is_finished()
-
-
-def checkpoint(run: Run, step: int, phase: str = "", manifest: bool = True) -> Path:
-    folder = run.folder / phase / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text("{}")
-    if manifest:
-        write_manifest(folder)
-    return folder
-
-
-def finished(folder: Path, **changes) -> Run:
-    run = started(folder, **changes)
-    run.finish("ok", None, {"metrics": {"accuracy": 0.5}})
-    released(run)
-    return run
 
 
 def test_another_configuration_is_refused_and_the_old_one_stays(tmp_path):
@@ -197,3 +155,31 @@ def test_names_and_seeds_that_cannot_be(key, value, sentence):
 )
 def test_names_and_seeds_at_their_limits(key, value):
     assert getattr(validate({**composed().raw, key: value}), key) == value
+
+
+def test_scores_of_numpy_and_torch_are_numbers(tmp_path):
+    run = started(tmp_path)
+    scores = {"a": np.float32(0.5), "b": np.int64(3), "c": torch.tensor(0.25), "d": np.float64("nan")}
+    run.log({"phase": "train", "step": 2, **scores})
+    assert json.loads(run.metrics_file.read_text().splitlines()[-1]) == {
+        "phase": "train", "step": 2, "a": 0.5, "b": 3, "c": 0.25, "d": None,
+    }  # fmt: skip
+    assert run.finish("ok", None, {"metrics": scores})["metrics"] == {
+        "a": 0.5,
+        "b": 3,
+        "c": 0.25,
+        "d": None,
+        "best": {},
+    }
+
+
+def test_a_score_that_is_no_number(tmp_path):
+    run = started(tmp_path)
+    with pytest.raises(RunError, match=r"the metric accuracy='high': is not a number"):
+        run.log({"phase": "train", "step": 2, "accuracy": "high"})
+    with pytest.raises(RunError, match=r"does not fit into result.json \(metrics.accuracy='high': is not a number\)"):
+        run.finish("ok", None, {"metrics": {"accuracy": "high"}})
+    left = json.loads((run.folder / "result.json").read_text())
+    assert left["status"] == "failed"
+    assert "accuracy='high'" in left["error"]
+    assert run.finish("diverged", "loss is nan", {"memory": {"weights_bytes": "4"}})["status"] == "diverged"

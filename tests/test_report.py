@@ -1,44 +1,26 @@
-"""Tables and figures from records."""
+"""Tables and figures from records, and where the report goes. Records that are hurt: test_report_malformed.py."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from pathlib import Path
 from statistics import stdev
 
 import pytest
+from report_helpers import three_runs, write_vtab
 
 from velora.report.cli import report
 from velora.report.records import Record, read_records
 from velora.report.tables import markdown, tables
 from velora.report.takeaway import takeaway
-from velora.report.text import for_markdown, for_terminal, human_bytes, summary
-
-
-def write(folder: Path, method: str, seed: int, accuracy: float, speed: float, **changes) -> None:
-    record = {
-        "name": f"vtab_dtd-vit-{method}", "status": "ok", "error": None, "method": method, "model": "vit", "task": "vtab/dtd",
-        "seed": seed, "metrics": {"accuracy": accuracy, "best": {"accuracy": accuracy, "step": 3, "epoch": 1.0}},
-        "memory": {"saved_for_backward_bytes": 2**20, "weights_bytes": 2**21, "peak_allocated_bytes": None},
-        "speed": {"images_per_second": speed}, "parameters": {"total": 10, "trainable": 5},
-        "config": {"task": {"group": "natural"}, "experiment": {"paper": {"vtab/dtd": {"accuracy": 0.678}}}}, **changes,
-    }  # fmt: skip
-    place = folder / record["task"] / method / f"seed{seed}"
-    place.mkdir(parents=True)
-    (place / "result.json").write_text(json.dumps(record))
-    lines = [{"phase": "train", "step": s, "loss": 1 / s} for s in (1, 2, 3)]
-    (place / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+from velora.report.text import human_bytes, summary
 
 
 @pytest.fixture
 def folder(tmp_path):
-    write(tmp_path, "full", 0, 0.5, 100.0)
-    write(tmp_path, "full", 1, 0.7, 100.0)
-    write(tmp_path, "velora", 0, 0.8, 125.0)
-    return tmp_path
+    return three_runs(tmp_path)
 
 
 def test_seeds_are_one_row_with_their_spread(folder):
@@ -58,8 +40,10 @@ def test_seeds_are_one_row_with_their_spread(folder):
 
 
 def test_group_means_of_vtab(folder):
-    write(folder, "velora", 0, 0.2, 1.0, task="vtab/svhn", config={"task": {"group": "natural"}, "experiment": None})
-    write(
+    write_vtab(
+        folder, "velora", 0, 0.2, 1.0, task="vtab/svhn", config={"task": {"group": "natural"}, "experiment": None}
+    )
+    write_vtab(
         folder,
         "velora",
         0,
@@ -75,21 +59,11 @@ def test_group_means_of_vtab(folder):
 
 
 def test_failed_runs_are_named_and_enter_no_mean(folder):
-    write(folder, "lora", 0, 0.0, 1.0, status="diverged", error="loss is nan at step 3")
+    write_vtab(folder, "lora", 0, 0.0, 1.0, status="diverged", error="loss is nan at step 3")
     text = tables(read_records(folder)[0])
     row = next(line for line in text.splitlines() if line.startswith("| lora "))
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["diverged (a)", "-", "0.678"]  # the printed figure stays
     assert "\n(a) vtab_dtd-vit-lora, seed 0, diverged: loss is nan at step 3\n" in text
-
-
-def test_files_that_are_no_records(folder):
-    (folder / "x").mkdir()
-    (folder / "x" / "result.json").write_text('{"other": 1}')
-    records, unreadable = read_records(folder)
-    assert len(records) == 3
-    assert [str(fault) for fault in unreadable] == [
-        f"{folder}/x/result.json is no record of velora-train (name is missing, and 10 more); it is left out"
-    ]
 
 
 def test_figures(folder):
@@ -104,9 +78,9 @@ def test_figures(folder):
 
 def test_what_an_experiment_says_about_itself_is_told_once(folder, capsys):
     said = {"experiment": {"name": "small", "note": "two rates\n  were tried | one seed"}}
-    write(folder, "lora", 0, 0.5, 1.0, config=said)
-    write(folder, "lora", 1, 0.5, 1.0, config=said)
-    write(folder, "flora", 0, 0.5, 1.0, config={"experiment": {"name": "small", "note": ["no text"]}})
+    write_vtab(folder, "lora", 0, 0.5, 1.0, config=said)
+    write_vtab(folder, "lora", 1, 0.5, 1.0, config=said)
+    write_vtab(folder, "flora", 0, 0.5, 1.0, config={"experiment": {"name": "small", "note": ["no text"]}})
     assert report(folder, folder, figures=False) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "small: two rates were tried | one seed"
     assert (folder / "report.md").read_text().endswith("\nsmall: two rates were tried \\| one seed\n")
@@ -129,7 +103,7 @@ def learned(folder: Path, method: str, kept: float, speed: float, loss: float, *
     """A run that keeps `kept` MiB for backward and ends at a validation loss."""
     memory = {"saved_for_backward_bytes": int(kept * 2**20), "weights_bytes": 1}
     scores = {"loss": loss, "best": {"loss": loss, "step": 3, "epoch": 1.0}}
-    write(folder, method, 0, 0.5, speed, metrics=scores, memory=memory, **changes)
+    write_vtab(folder, method, 0, 0.5, speed, metrics=scores, memory=memory, **changes)
 
 
 def test_two_sentences_say_what_the_records_say(tmp_path, capsys):
@@ -170,219 +144,6 @@ def test_summary_of_a_record(folder):
     text = summary(records[0].values)
     assert "accuracy 0.5" in text
     assert "saved for backward 1 MiB" in text
-
-
-RECORD = {
-    "name": "vtab_dtd-vit-lora", "status": "ok", "error": None, "method": "lora", "model": "vit", "task": "vtab/dtd", "seed": 0,
-    "metrics": {"accuracy": 0.5, "best": {"accuracy": 0.5, "step": 3, "epoch": 1.0}}, "memory": {"weights_bytes": 4},
-    "speed": {"images_per_second": 1.0}, "parameters": {"total": 10, "trainable": 5}, "config": {"task": {"group": "natural"}},
-}  # fmt: skip
-MALFORMED = {  # key -> values that a record cannot have there; each with the same reason
-    "name": ([None, 3, "", ["a"], {}], "name="),
-    "status": ([None, "done", 1, ["ok"], True], "status="),
-    "error": ([3, ["x"], {}], "error="),
-    "method": ([None, 1, "", []], "method="),
-    "model": ([None, 1.5, ""], "model="),
-    "task": ([None, 7, "", {"name": "x"}], "task="),
-    "seed": ([None, "0", 1.5, True, -1, 10**30, [0]], "seed="),
-    "metrics": ([None, "x", [1], {"accuracy": "0.5"}, {"accuracy": True}, {"accuracy": [0.5]}, {"accuracy": 10**400}], "metrics"),
-    "metrics.best": ([0.5, None, [1], {"accuracy": "0.5"}, {"select": {"best": {"a": []}}}], "metrics"),
-    "memory": ([None, "x", [], {"weights_bytes": "4"}, {"weights_bytes": 1.5}, {"optimizer_bytes": -4}], "memory"),
-    "speed": ([None, 3, {"images_per_second": "fast"}, {"tokens_per_second": []}], "speed"),
-    "parameters": ([None, [], {"trainable": "5"}, {"trainable": [5]}, {"total": True}], "parameters"),
-    "config": ([None, [], "x", {"experiment": "x"}, {"task": []}, {"task": {"group": 3}}], "config"),
-    "config.experiment": ([{"paper": p} for p in ([1], {"vtab/dtd": 0.5}, {"vtab/dtd": {"accuracy": "0.5"}})], "config.exp"),
-    "versions": ([None, [], {"torch": 2}], "versions"),
-    "git": ([[], {"dirty": "yes please"}], "git"),
-}  # fmt: skip
-CASES = [
-    pytest.param(key, value, reason, id=f"{key}={str(value)[:30]}")
-    for key, (values, reason) in MALFORMED.items()
-    for value in values
-]
-
-
-@pytest.mark.parametrize(("key", "value", "reason"), CASES)
-def test_malformed_record_is_named_and_left_out(folder, key, value, reason, capsys):
-    record = json.loads(json.dumps(RECORD))
-    *outer, last = key.split(".")
-    place = record
-    for part in outer:
-        place = place[part]
-    place[last] = value
-    _put(folder, json.dumps(record))
-    _reports_the_rest(folder, reason, capsys)
-
-
-@pytest.mark.parametrize("key", [k for k in RECORD if k != "error"])
-def test_missing_key(folder, key, capsys):
-    _put(folder, json.dumps({k: v for k, v in RECORD.items() if k != key}))
-    _reports_the_rest(folder, f"{key} is missing", capsys)
-
-
-NO_JSON = {
-    "empty": (b"", "it is not JSON"), "half": (b'{"name": "a', "it is not JSON"), "a list": (b"[]", "[]: input should be"),
-    "null": (b"null", "None: input should be"), "a number": (b"3", "3: input should be"), "binary": (b"\xff", "it is not UTF-8"),
-    "NaN": (b'{"seed": NaN}', "NaN is not JSON"), "infinity": (b'{"seed": -Infinity}', "-Infinity is not JSON"),
-    "deep": (b"[" * 100_000, "it is nested too deep"), "5000 digits": (b'{"seed": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
-    "surrogate": (json.dumps({**RECORD, "name": "\ud83d"}).encode(), "name="),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "reason"), NO_JSON.values(), ids=NO_JSON)
-def test_file_that_is_no_record(folder, content, reason, capsys):
-    _put(folder, content)
-    _reports_the_rest(folder, reason, capsys)
-
-
-@pytest.mark.parametrize("kind", ["folder", "dangling link"])
-def test_result_json_that_is_no_file(folder, kind, capsys):
-    path = folder / "broken" / "result.json"
-    path.parent.mkdir()
-    path.mkdir() if kind == "folder" else path.symlink_to("nowhere")
-    _reports_the_rest(folder, {"folder": "it is not a file"}.get(kind, "No such file or directory"), capsys)
-
-
-def _put(folder: Path, content: str | bytes) -> None:
-    (folder / "broken").mkdir()
-    (folder / "broken" / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
-
-
-def _reports_the_rest(folder: Path, reason: str, capsys) -> None:
-    assert report(folder, folder, figures=False) == 0
-    said = capsys.readouterr()
-    (line,) = said.err.splitlines()
-    assert line.startswith(f"velora-report: {folder}/broken/result.json is no record of velora-train (")
-    assert reason in line
-    assert line.endswith("; it is left out")
-    assert "| full   | 2 " in said.out
-    assert "lora " not in said.out.replace("velora ", "")
-
-
-def test_nothing_but_broken_records(tmp_path, capsys):
-    _put(tmp_path, b"[]")
-    assert report(tmp_path, tmp_path, figures=False) == 2
-    assert "no readable result.json below" in capsys.readouterr().err
-    assert not (tmp_path / "report.md").exists()
-
-
-def test_record_of_the_present_writer_and_of_the_repository(folder):
-    """What `Run.finish` writes is what the report reads, and no record of the repository is refused."""
-    records, faults = read_records(Path(__file__).parent.parent / "runs" / "records")
-    assert len(records) > 50
-    assert not faults
-
-
-METRICS = {
-    "cut": (b'{"phase": "train", "step": 1, "loss": 1.0}\n{"phase": "tr', "line 2: it is not JSON", ([1], [1.0])),
-    "empty": (b"", "is empty", ([], [])),
-    "a list": (b'[]\n{"phase": "train", "step": 1, "loss": 1.0}\n', "line 1: []: input should be", ([1], [1.0])),
-    "a string": (b'{"phase": "train", "step": 1, "loss": "1"}\n', "line 1: loss='1': is not a number", ([], [])),
-    "no phase": (b'{"step": 1, "loss": 1.0}\n', "line 1: phase is missing", ([], [])),
-    "two": (b'{"phase": "train", "step": null}\nx\n', "line 1: step=None: input should be a valid integer and 1 more", ([], [])),
-    "binary": (b"\x80\n", "line 1: it is not UTF-8", ([], [])),
-    "missing": (None, "cannot be read (No such file or directory)", ([], [])),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "reason", "curve"), METRICS.values(), ids=METRICS)
-def test_metrics_that_are_hurt_cost_only_the_curve(folder, content, reason, curve, capsys):
-    file = folder / "vtab/dtd/full/seed0/metrics.jsonl"
-    file.unlink()
-    if content is not None:
-        file.write_bytes(content)
-    assert report(folder, folder, figures=True) == 0
-    said = capsys.readouterr()
-    assert f"velora-report: {file} " in said.err
-    assert reason in said.err
-    assert "| full   | 2 " in said.out
-    records, _ = read_records(folder)
-    assert next(r for r in records if r.folder == file.parent).curve("loss") == curve
-
-
-def test_lines_that_cannot_be_drawn_to_scale(folder):
-    file = folder / "vtab/dtd/full/seed0/metrics.jsonl"
-    file.write_text(
-        "".join(f'{{"phase": "train", "step": {s}, "loss": {v}}}\n' for s, v in ((1, 1e299), (2**62, -1e299)))
-    )
-    assert report(folder, folder, figures=True) == 0
-
-
-def test_null_scores_and_figures(folder):
-    write(folder, "lora", 0, None, None, task="vtab/svhn", parameters={"total": None, "trainable": None}, config={})
-    text = tables(read_records(folder)[0])
-    row = next(line for line in text.split("## vtab/svhn")[1].splitlines() if "lora" in line)
-    assert [cell.strip() for cell in row.split("|")[3:4]] == ["-"]
-
-
-# Names in Markdown, in a terminal, in a figure and in a file name
-
-NASTY = {
-    "a|b": ("a|b", r"a\|b"),
-    "two\nlines\r\n": ("two lines ", "two lines "),
-    "<script>&amp;": ("<script>&amp;", "&lt;script&gt;&amp;amp;"),
-    "\x1b[31mred\x07": (r"\x1b[31mred\x07", r"\\x1b\[31mred\\x07"),
-    "[bold](http://x)": ("[bold](http://x)", r"\[bold\](http://x)"),
-    "*a* `b` ~c~ \\": ("*a* `b` ~c~ \\", r"\*a\* \`b\` \~c\~ \\"),
-    "velora_all": ("velora_all", "velora_all"),
-    "_emphasis_ __init__": ("_emphasis_ __init__", r"\_emphasis\_ \_\_init\_\_"),
-    "right\u202eleft\u2028next\ud83d": (r"right\u202eleft next\ud83d", r"right\\u202eleft next\\ud83d"),
-    "Größe ±": ("Größe ±", "Größe ±"),
-}
-
-
-@pytest.mark.parametrize("text", NASTY)
-def test_escapes(text):
-    assert (for_terminal(text), for_markdown(text)) == NASTY[text]
-    cells = markdown(["head"], [[text]]).splitlines()
-    assert len(cells) == 3
-    assert re.sub(r"\\.", "", cells[2]).count("|") == 2
-
-
-NAMES = [
-    "../../etc/x",
-    "a/../..",
-    ".",
-    "a" * 300,
-    "ä" * 300,
-    "x|y\n\x1b[2J<b>",
-    "$\\frac{",
-    "_hidden",
-    "a b",
-    "a_b",
-    "a/b",
-]
-
-
-def test_names_of_every_kind_in_tables_figures_and_files(folder, capsys):
-    for number, name in enumerate(NAMES):
-        place = folder / f"nasty{number}"
-        place.mkdir()
-        record = {**RECORD, "task": name, "method": name, "name": name, "model": "vit"}
-        (place / "result.json").write_text(json.dumps(record))
-        (place / "metrics.jsonl").write_text('{"phase": "train", "step": 1, "loss": 1.0}\n')
-    out = folder / "out"
-    assert report(folder, out, figures=True) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    assert "\x1b" not in said.out
-    text = (out / "report.md").read_text()
-    assert "\x1b" not in text
-    assert "<b>" not in text
-    images = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
-    assert len(set(images)) == len(images) == len(NAMES) + 1
-    assert {p.name for p in out.iterdir()} == {*images, "report.md"}
-
-
-def test_errors_of_records_stay_in_their_cell(folder):
-    write(folder, "lora", 0, 0.0, 1.0, status="failed", error="bad | worse\n\x1b[31m<b>")
-    row = next(line for line in tables(read_records(folder)[0]).splitlines() if "worse" in line)
-    assert r"bad \| worse \\x1b\[31m&lt;b&gt;" in row
-
-
-def test_summary_has_no_escape_sequences(folder):
-    values = read_records(folder)[0][0].values
-    assert "\x1b" not in summary({**values, "task": "\x1b[2J"})
 
 
 # Where the report goes

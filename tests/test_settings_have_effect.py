@@ -9,130 +9,42 @@
     Read(...)       no more than what the source shows: the file that reads the key, by the end of its path. For what needs
                     a hub, a data folder or a whole run; other tests, named in it, show what it does
     Label(...)      a text for people that goes into the record with the rest of the configuration
+
+The values of the groups have theirs in `PARTS` below; trainer, sweep and the top level in effects_of_sections.py.
 """
 
 from __future__ import annotations
 
 import ast
-import copy
-import functools
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from text_helpers import composed
+from effects_helpers import (
+    SMALL,
+    TINY_RESNET,
+    TINY_VIT,
+    Arguments,
+    Label,
+    Network,
+    Read,
+    Shapes,
+    both,
+    composed_once,
+    shapes,
+    trained,
+    trainer_arguments,
+)
+from effects_of_sections import SECTIONS, SWEEP, TRAINER
 
 import velora
 from velora.config.parts import part_class, shipped_kinds
 from velora.config.read import model_in
-from velora.config.run import GROUPS, Config, validate
+from velora.config.run import GROUPS, Config
 from velora.config.sweep import SweepConfig
-from velora.memory.meter import preprocessor_for_shapes
-from velora.models.build import build_network
-from velora.nn.blocks import is_checkpointed
 
 SOURCE = Path(velora.__file__).parent
-SMALL = (
-    "model.architecture.hidden_size=32", "model.architecture.intermediate_size=48", "task.max_length=16",
-    "model.architecture.num_hidden_layers=2", "trainer.batch_size=4", "trainer.max_grad_norm=null",
-)  # fmt: skip
-TINY_VIT = ("task=digits", "method=full", "model.overrides={patch_size:8,embed_dim:32,depth:2,num_heads:2}")
-
-TINY_RESNET = (
-    "task=digits",
-    "method=full",
-    "model=resnet_tiny",
-    "model.overrides={layers:[1,1,1,1],channels:[16,32,32,32]}",
-)
-
-
-@dataclass(frozen=True)
-class Network:
-    """`base`: overrides of both sides; `value`: the key's other one; `besides`: more overrides of the other side."""
-
-    value: Any
-    base: str = ""
-    vision: bool = False
-    besides: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Arguments:
-    value: Any
-    base: str = ""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    value: Any
-    base: str = ""
-
-
-@dataclass(frozen=True)
-class Read:
-    file: str
-
-
-class Label:
-    pass
-
-
-TRAINER = {
-    "num_epochs": Arguments(3.0, "trainer.max_steps=null trainer.num_epochs=2"),
-    "max_steps": Arguments(7),
-    "batch_size": Arguments(8),
-    "micro_batch_size": Arguments(2),
-    "eval_batch_size": Arguments(3),
-    "drop_last": Arguments(True),
-    "learning_rate": Arguments(0.5),
-    "weight_decay": Network(0.5),
-    "warmup_steps": Arguments(3, "trainer.warmup_ratio=0"),
-    "warmup_ratio": Arguments(0.5, "trainer.warmup_steps=0"),
-    "schedule": Arguments("constant", "trainer.min_lr_ratio=0"),
-    "min_lr_ratio": Arguments(0.5),
-    "max_grad_norm": Arguments(0.5),
-    "precision": Arguments("bf16"),
-    "eval_every": Arguments(5),
-    "save_every": Arguments("end"),
-    "log_every": Arguments(3),
-    "num_workers": Arguments(2),
-    "compile": Arguments(True),
-    "save_model": Read("run/run.py"),  # test_run
-    "device": Read("device.py"),  # test_memory_cli
-    "measure_memory": Read("train.py"),  # test_run
-    "sharding": Read("run/train.py"),  # test_sharding
-}
-
-SECTIONS = {
-    "name": Read("config/run.py"),  # the folder of the run: test_record
-    "seed": Network(5),
-    "runs_dir": Read("config/run.py"),  # likewise
-    "resume": Read("record.py"),
-    "overwrite": Read("record.py"),
-    "objective": Read("velora/cli.py"),  # test_cli
-    "method.name": Label(),
-    "experiment.name": Label(),
-    "experiment.table": Label(),
-    "experiment.row": Label(),
-    "experiment.level": Read("config/run.py"),  # has_only_shapes: test_shapes
-    "experiment.searched": Read("report/paper.py"),  # test_report_tables
-    "experiment.judged_by": Read("config/level.py"),  # test_tables
-    "experiment.published": Label(),
-    "experiment.inferred": Label(),
-    "experiment.unknown": Label(),
-    "experiment.note": Label(),
-    "experiment.settings": Read("compose.py"),  # test_experiments
-    "experiment.paper": Read("memory/explain.py"),  # test_paper, test_report
-    "data.root": Read("data/glue.py"),  # test_task_glue, test_vtab, test_task_c4
-    "wandb.mode": Read("run/tracker.py"),
-    "wandb.project": Read("tracker.py"),
-    "wandb.entity": Read("tracker.py"),
-    "wandb.tags": Read("tracker.py"),
-}
 
 GALORE, Q_GALORE, GRASS, FLORA, LORA = (
     "method=galore",
@@ -380,16 +292,6 @@ PARTS["model=smollm2"] = {
     },  # refused, but the last
 }
 
-# How the runs of a sweep are carried out: test_sweep, test_sweep_engines
-SWEEP = {
-    "name": Read("sweep/launcher.py"),
-    "jobs": Read("sweep/sweep.py"),
-    "retry": Read("sweep/sweep.py"),
-    "on_failure": Read("sweep/sweep.py"),
-    "cluster": Read("sweep/sweep.py"),
-    "cluster_options": Read("sweep/sweep.py"),
-}
-
 EFFECTS: dict[str, Any] = {
     **{f"sweep.{key}": effect for key, effect in SWEEP.items()},
     **SECTIONS,
@@ -421,27 +323,6 @@ def test_every_key_has_an_entry() -> None:
     assert EFFECTS.keys() - keys == set(), "entries for keys that are not there"
 
 
-@functools.cache
-def _composed(*overrides: str) -> Config:
-    return composed(*overrides)
-
-
-def both(key: str, effect: Any, *overrides: str) -> tuple[Config, Config]:
-    """The configuration of an entry, and the same one with the key's other value."""
-    base = _composed(*overrides, *effect.base.split())
-    raw = copy.deepcopy(base.raw)
-    group, _, field = key.partition(".")
-    for path, value in (
-        (f"{group.partition('=')[0]}.{field}" if field else key, effect.value),
-        *getattr(effect, "besides", ()),
-    ):
-        section, _, name = path.rpartition(".")
-        target = raw[section] if section else raw
-        assert target.get(name) != value, f"{path} has this value already"
-        target[name] = value
-    return base, validate(raw)
-
-
 @pytest.mark.parametrize("key", entries(Network))
 def test_it_changes_the_network_or_its_training(key: str) -> None:
     effect = EFFECTS[key]
@@ -452,87 +333,22 @@ def test_it_changes_the_network_or_its_training(key: str) -> None:
     if "method=" in effect.base:
         overrides = tuple(override for override in overrides if override != "method=full")
     one, other = both(key, effect, *overrides)
-    assert _trained(one) == _trained(one), "three steps are not reproducible, so they show nothing"
-    assert _trained(one) != _trained(other)
-
-
-def _trained(config: Config) -> Any:
-    """A digest of all that three training steps leave, of the gradients that lie there, and of how the network was built."""
-    network, changes = build_network(config, config.task.head(config), preprocessor := preprocessor_for_shapes(config))
-    network.train()
-    torch.manual_seed(0)
-    batches = [_batch(config) for _ in range(3)]
-    config.activations.calibrate(network, batches[0])
-    optimizer = config.optimizer.build(network, config)
-    digest = hashlib.sha256()
-    for step, batch in enumerate(batches, start=1):
-        network(**batch).loss.backward()
-        _add(digest, [p.grad for p in network.parameters()])
-        optimizer.step()
-        config.after_step(network, optimizer, step)
-        optimizer.zero_grad()
-    _add(digest, [*network.parameters(), *network.buffers()])
-    _add(digest, list(optimizer.state.values()))
-    options = [{k: v for k, v in group.items() if k == "fused"} for group in optimizer.param_groups]
-    settings = getattr(getattr(network, "config", None), "_attn_implementation", None)
-    again = [getattr(module.forward, "__name__", None) for module in network.modules() if is_checkpointed(module)]
-    built = [preprocessor.describe() if hasattr(preprocessor, "describe") else None, again]
-    return digest.hexdigest(), changes, str(options), settings, str(built)
-
-
-def _batch(config: Config) -> dict[str, torch.Tensor]:
-    batch = {}
-    for name, (shape, dtype) in config.task.batch_shapes(4, config).items():
-        whole = not getattr(torch, dtype).is_floating_point
-        batch[name] = torch.randint(1, 10, shape) if whole else torch.randn(shape)
-    return batch
-
-
-def _add(digest: Any, value: Any) -> None:
-    if isinstance(value, dict):
-        value = [item for _, item in sorted(value.items(), key=lambda pair: str(pair[0]))]
-    if isinstance(value, list | tuple):
-        for item in value:
-            _add(digest, item)
-    elif isinstance(value, torch.Tensor):
-        plain = value.detach().contiguous()
-        digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.ndim else str(plain.item()).encode())
-        if hasattr(value, "quant_state"):
-            _add(digest, [value.quant_state.absmax, str(value.quant_state.dtype)])
-    else:
-        digest.update(str(value).encode() if isinstance(value, str | int | float | type(None)) else b"?")
+    assert trained(one) == trained(one), "three steps are not reproducible, so they show nothing"
+    assert trained(one) != trained(other)
 
 
 @pytest.mark.parametrize("key", entries(Arguments))
 def test_it_changes_the_arguments_of_the_trainer(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = (
-        _arguments(config, tmp_path) for config in both(key, EFFECTS[key], *SMALL, "trainer.max_grad_norm=1.0")
+        trainer_arguments(config, tmp_path) for config in both(key, EFFECTS[key], *SMALL, "trainer.max_grad_norm=1.0")
     )
     assert one != other
-
-
-def _arguments(config: Config, folder: Path) -> dict[str, Any]:
-    from velora.run.arguments import training_arguments
-    from velora.run.order import StepBatches
-
-    trainer = config.trainer
-    arguments = training_arguments(config, folder, trainer.eval_every).to_dict()
-    batches = StepBatches(
-        1001, trainer.batch_size, trainer.examples_per_forward, drop_last=trainer.drop_last,
-        seed=config.seed, rank=0, num_processes=1,
-    )  # fmt: skip
-    return {**arguments, "batches": list(batches)}
 
 
 @pytest.mark.parametrize("key", entries(Shapes))
 def test_it_changes_the_batch_or_the_head(key: str) -> None:
     one, other = both(key, EFFECTS[key])
-    assert _shapes(one) != _shapes(other)
-
-
-def _shapes(config: Config) -> Any:
-    return config.task.batch_shapes(4, config), config.task.head(config)
+    assert shapes(one) != shapes(other)
 
 
 @pytest.mark.parametrize("key", entries(Read))
@@ -547,7 +363,7 @@ def test_it_is_read(key: str) -> None:
 
 
 def test_labels_stand_in_the_composed_configuration_which_the_record_holds() -> None:
-    raw = _composed("experiment=table1/velora", "+experiment.note=why").raw
+    raw = composed_once("experiment=table1/velora", "+experiment.note=why").raw
     for key in entries(Label):
         section, _, field = key.partition(".")
         assert raw[section.partition("=")[0]][field]

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import shutil
 import sys
@@ -40,6 +39,7 @@ from velora.run.schema import (
     Result,
     Speed,
     check,
+    plain_json,
     read_config,
     read_metrics,
     read_result,
@@ -148,7 +148,7 @@ class Run:
         """Append one line to metrics.jsonl. RunError where it cannot be written, or holds something other than numbers."""
         if not self.writes:
             return
-        line = _plain(line)
+        line = plain_json(line)
         try:
             check(MetricsLine, line)
         except ValueError as error:
@@ -211,7 +211,7 @@ class Run:
             found = {key: parts.get(part, {}).get(key) for key in keys}
             return {key: value for key, value in found.items() if value is not None or key not in OF_SHAPES}
 
-        return _plain(
+        return plain_json(
             {
                 "name": config.name,
                 "status": status,
@@ -387,16 +387,3 @@ class Run:
     def _remove_checkpoints(self) -> None:
         for path in self._checkpoints():
             checkpoints.remove(path)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: no NaN and no infinity (null in their place), no scalars of NumPy or torch, no paths."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -7,6 +7,7 @@ same configuration read records with it. Anything else found under these names i
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -211,3 +212,16 @@ def parse_json(text: bytes) -> Any:
 
 def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def plain_json(value: Any) -> Any:
+    """As JSON has it: no NaN and no infinity (null in their place), no scalars of NumPy or torch, no paths."""
+    if isinstance(value, dict):
+        return {str(k): plain_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
