@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import adapters
 import optim_helpers as helpers
 import pytest
@@ -123,6 +125,19 @@ def test_bytes_and_the_stand_in():
         assert moved.weight.shape == (60, 100)
         assert moved.weight_scale.dtype == torch.float32
     assert layer.weight.device.type == "meta"
+
+
+def test_a_copy_has_codes_of_its_own_and_takes_no_more():
+    layer, _ = pair()
+    layer.weight.requires_grad_()
+    clone = copy.deepcopy(nn.Sequential(layer, layer))
+    assert clone[0].weight is clone[1].weight
+    assert clone[0].weight.untyped_storage().nbytes() == layer.weight.element_size()
+    assert clone[0].weight.requires_grad
+    x = torch.randn(3, 96)
+    assert torch.equal(clone[0](x), layer(x))
+    clone[0].weight_codes.zero_()
+    assert not torch.equal(clone[0](x), layer(x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

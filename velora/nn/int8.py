@@ -19,6 +19,7 @@ In `velora.apply_velora` such a layer becomes VeloraInt8Linear.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -103,6 +104,16 @@ class Int8Linear(nn.Linear):
         if self.weight_scale.dtype != scale.dtype:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Int8Linear:
+        """A copy whose stand-in takes no memory either."""
+        if id(self.weight) not in memo:
+            nothing = self.weight.detach()[0, 0].clone().expand(self.weight.shape)
+            memo[id(self.weight)] = nn.Parameter(nothing, requires_grad=self.weight.requires_grad)
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *rest: Any
