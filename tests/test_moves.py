@@ -38,7 +38,13 @@ REASONS = (
 )
 
 
-@pytest.mark.parametrize("method", METHODS)
+EACH_TIME = {"full", "ssf", "qlora_velora", "lte", "q_galore", "grass_velora_factored", "velora_all"}
+"""Between them they set keys of every axis; the others with `pytest -m slow`."""
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_every_value_of_every_axis_composes_with_every_method_or_makes_no_sense_with_it(method: str) -> None:
     sentences = filter(None, (refused(f"method={method}", value) for value in VALUES))
     assert [sentence for sentence in sentences if not any(reason in sentence for reason in REASONS)] == []
