@@ -151,8 +151,8 @@ class _Watched(Velora):
 
     _look: Callable[[nn.Module], object] = PrivateAttr()
 
-    def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        super().calibrate(model, batch)
+    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
+        super().calibrate(model, *batches)
         self._look(model)
 
     def after_step(self, model: nn.Module) -> None:

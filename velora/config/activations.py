@@ -77,10 +77,10 @@ class Velora(Activations):
         )
         return str(summary)
 
-    def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
+    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
         from velora.nn.apply import calibrate
 
-        calibrate(model, batch)
+        calibrate(model, *batches)
 
     def pretend_calibrated(self, model: nn.Module) -> None:
         import torch

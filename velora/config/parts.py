@@ -160,8 +160,8 @@ class Activations(Part):
         """Change the network in place; returns a text for the user (what was changed), or None."""
         return None
 
-    def calibrate(self, model: nn.Module, batch: dict[str, Any]) -> None:
-        """Called once, with the first training batch, before the first step of a fresh (not resumed) run."""
+    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
+        """Called once, with the micro-batches of the first step, before a fresh (not resumed) run makes it."""
 
     def pretend_calibrated(self, model: nn.Module) -> None:
         """Called in place of `calibrate` where a batch has no values (velora-memory): any state that trains will do."""

@@ -80,6 +80,11 @@ class StepBatches(Sampler[list[Key]]):
             for part in parts[self.rank :: self.num_processes]:
                 yield [Key(self.epoch, number) for number in part]
 
+    @property
+    def rounds_of_first_step(self) -> int:
+        """Micro-batches of this process in the first step of an epoch."""
+        return self._rounds(self._step_sizes()[0])
+
     def _step_sizes(self) -> list[int]:
         whole, rest = divmod(self.used, self.batch_size)
         return [self.batch_size] * whole + ([rest] if rest else [])
@@ -173,7 +178,8 @@ class TrainingData:
         seed: int, rank: int = 0, num_processes: int = 1, lengths: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         self.collate = SeededCollate(collate, seed)
-        self.micro_batch_size, self.rank, self.num_processes = micro_batch_size, rank, num_processes
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.rank, self.num_processes = rank, num_processes
         self.batches: StepBatches | None = None
         if isinstance(examples, IterableDataset):
             self.dataset: Dataset = SeededStream(examples, seed)
@@ -190,15 +196,16 @@ class TrainingData:
             return DataLoader(self.dataset, batch_size=self.micro_batch_size, collate_fn=self.collate, **options)
         return DataLoader(self.dataset, batch_sampler=self.batches, collate_fn=self.collate, **options)
 
-    def first_batch(self) -> Any:
-        """The micro-batch that this process trains on first."""
+    def first_step(self) -> list[Any]:
+        """The micro-batches that this process trains on in the first step."""
         if self.batches is not None:
             self.start_epoch(0)
-            keys = next(iter(self.batches))
-            return self.collate(self.dataset.__getitems__(keys))  # type: ignore[attr-defined]
-        start = self.rank * self.micro_batch_size
-        examples = list(itertools.islice(iter(self.dataset), start, start + self.micro_batch_size))  # type: ignore[arg-type]
-        return self.collate(examples)
+            of_step = itertools.islice(self.batches, self.batches.rounds_of_first_step)
+            return [self.collate(self.dataset.__getitems__(keys)) for keys in of_step]  # type: ignore[attr-defined]
+        size = self.micro_batch_size
+        examples = list(itertools.islice(iter(self.dataset), self.batch_size))  # type: ignore[arg-type]
+        starts = range(self.rank * size, len(examples), self.num_processes * size)
+        return [self.collate(examples[start : start + size]) for start in starts]
 
     def start_epoch(self, step: int) -> None:
         """Order the examples for the epoch that begins at, or contains, optimiser step `step`."""

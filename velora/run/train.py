@@ -83,7 +83,7 @@ def train_phase(
     checkpoint = run.last_checkpoint(phase_folder)
     run.rewind_metrics(phase.name, (step_of(checkpoint) or 0) if checkpoint else 0)
     if checkpoint is None:
-        prepare(network, trainer.order.first_batch(), config, figures)
+        prepare(network, trainer.order.first_step(), config, figures)
     else:
         if broken := non_finite_tensors(checkpoint):
             raise Diverged(
@@ -109,13 +109,12 @@ def train_phase(
 
 
 @torch.no_grad()
-def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: Figures) -> None:
-    """Before the first step: calibrate the activations axis on the first batch, and count what autograd keeps of it.
-
-    Leaves no trace in random numbers or buffers.
+def prepare(network: nn.Module, step: list[dict[str, Any]], config: Config, figures: Figures) -> None:
+    """Before the first step: calibrate the activations axis on all its micro-batches, so that the directions do not depend on how
+    it is divided, and count what autograd keeps of the first one. Leaves no trace in random numbers or buffers.
     """
     device = figures.device
-    batch = send_to_device(batch, device)
+    batch, *more = (send_to_device(each, device) for each in step)
     network.train()
     loss = training_loss(network, batch, config)
     with (
@@ -123,7 +122,7 @@ def prepare(network: nn.Module, batch: dict[str, Any], config: Config, figures: 
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         autocast_as(autocast_dtype(config), device),
     ):
-        config.activations.calibrate(network, batch)
+        config.activations.calibrate(network, batch, *more)
     if not config.trainer.measure_memory:
         return
     with gathered_outside_blocks(network), without_a_trace(network), torch.enable_grad():
