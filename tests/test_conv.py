@@ -19,6 +19,7 @@ from velora.memory.freed import layers_that_free_nothing, what_would_be_freed
 from velora.memory.ledger import measure_saved_bytes, take_ledger
 from velora.nn.apply import apply_velora, calibrate, remove_velora
 from velora.nn.conv import VeloraConv1d, VeloraConv2d, VeloraConv3d
+from velora.nn.lean import apply_lean
 
 N, C, M, S = 2, 8, 6, 4
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -290,7 +291,9 @@ def test_the_ledger_says_that_behind_batch_norm_and_relu_nothing_is_freed():
     assert measure_saved_bytes(loss_of(model)) - before == codes == -freed.saved_bytes
     sentences = layers_that_free_nothing(model, take_ledger(model, loss_of(model)))
     assert len(sentences) == 2
-    assert all("frees no memory: its input is also kept by ReLU (Relu); no choice of layers" in s for s in sentences)
+    assert all(s.endswith("its input is also kept by ReLU (Relu); recompute=lean frees it") for s in sentences)
+    apply_lean(model)
+    assert not layers_that_free_nothing(model, take_ledger(model, loss_of(model)))
 
 
 def test_behind_batch_norm_alone_the_whole_input_is_freed():

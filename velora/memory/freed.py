@@ -22,6 +22,7 @@ from velora.nn.projection import split_width
 from velora.nn.swap import can_be_twin, expand_container, find_modules, width_of
 
 DEFAULT_SUB_TOKEN_SIZE = 16
+_RELU = "ReLU (Relu)"  # keeps its output, and with recompute=lean signs in its place
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,8 @@ def layers_that_free_nothing(model: nn.Module, ledger: Ledger) -> list[str]:
 def _sentence(role: str, num_kept: int, num_layers: int, join: tuple[str, ...], never: tuple[str, ...]) -> str:
     where = "" if num_kept == num_layers else f" in {num_kept} of its {num_layers} layers"
     start = f"VeLoRA on {role} frees no memory{where}: its input is also kept by {', '.join((*join, *never))}"
+    if never == (_RELU,) and not join:
+        return f"{start}; recompute=lean frees it"
     if never:
         return f"{start}; no choice of layers frees it"
     return f"{start}; add {', '.join(join)} to the layers to free it"
