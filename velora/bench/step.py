@@ -64,6 +64,10 @@ SETTINGS = {
         ("model=vit_b16", "model.pretrained=false", "task=vtab/cifar", "trainer.batch_size=32"),
         ("trainer.batch_size=4", "++model.overrides.depth=4"),
     ),
+    "resnet50": Setting(
+        ("model=resnet50", "model.pretrained=false", "task=vtab/cifar", "trainer.batch_size=32"),
+        ("trainer.batch_size=4",),
+    ),
     "llama_tiny": Setting(("model=llama_tiny", "task=manual", "trainer.batch_size=4", "task.max_length=64")),
 }
 DEFAULT_MODELS = ("llama_60m", "roberta_base", "vit_b16")
