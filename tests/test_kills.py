@@ -41,8 +41,8 @@ CONFIGURATIONS: dict[str, list[str]] = {
     "vit": [*VIT[:-1], "task.protocol=best_on_test", "method=ssf_velora", "model.drop_path=0.2"],
 }  # fmt: skip
 EACH_TIME = {
-    "full", "linear_probe", "qlora", "ssf_velora", "grass, sampled", "galore layer-wise", "flora layer-wise, accumulated",
-    "running average", "svd, accumulated", "autocast", "dropout", "roberta", "vit",
+    "full", "qlora", "grass, sampled", "galore layer-wise", "flora layer-wise, accumulated", "running average",
+    "dropout", "roberta", "vit",
 }  # fmt: skip
 """One of each kind of state and of loop; the others, whose parts have tests of their own, with `pytest -m slow`."""
 LOOP = ["trainer.max_steps=16", "trainer.eval_every=5", "trainer.save_every=4", "trainer.schedule=cosine",
