@@ -89,7 +89,7 @@ def trained(config: Config) -> Any:
     network.train()
     torch.manual_seed(0)
     batches = [_batch(config) for _ in range(3)]
-    config.activations.calibrate(network, batches[0])
+    config.activations.calibrate(network, [batches[0]])
     optimizer = config.optimizer.build(network, config)
     digest = hashlib.sha256()
     for step, batch in enumerate(batches, start=1):

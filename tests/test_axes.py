@@ -46,7 +46,7 @@ def terms(model: str, method: str, recompute: str | None = None) -> dict[str, in
     network.train()
     train = data.phases[0].train
     batch = data.collate([train[i] for i in range(4)])
-    config.activations.calibrate(network, batch)
+    config.activations.calibrate(network, [batch])
     optimizer = config.optimizer.build(network, config)
     saved = measure_saved_bytes(lambda: network(**batch)["loss"])
     network(**batch)["loss"].backward()

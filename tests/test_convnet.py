@@ -201,7 +201,7 @@ def test_lora_on_convolutions_and_velora_on_lora():
     assert len(twins) == 8
     assert {type(twin).__name__ for twin in twins.values()} == {"VeloraConv2d"}
     batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
-    config.activations.calibrate(network, batch)
+    config.activations.calibrate(network, [batch])
     network(**batch).loss.backward()
     assert all(twin.weight.grad is not None for twin in twins.values())
     kept = [measure_saved_bytes(lambda each=each: each(**batch).loss) for each in (plain, network)]
@@ -213,7 +213,7 @@ def test_half_precision(overrides):
     """Batch norm stays in float32, what goes through it does not."""
     network, config = network_of("method=velora", "model=resnet_tiny", *overrides)
     batch = {"pixel_values": images(), "labels": torch.tensor([0, 1, 2])}
-    config.activations.calibrate(network, batch)
+    config.activations.calibrate(network, [batch])
     loss = training_loss(network, batch, config)()
     loss.backward()
     assert loss.dtype == torch.float32
@@ -230,7 +230,7 @@ def test_mamba_keeps_codes_in_place_of_what_out_proj_reads():
     network, config = network_of("method=velora_all", "model=mamba_tiny")
     words = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": words, "labels": words}
-    config.activations.calibrate(network, batch)
+    config.activations.calibrate(network, [batch])
     assert {name.rpartition(".")[2] for name in velora_layers(network)} == {"in_proj", "x_proj", "out_proj"}
     assert all(twin.has_direction() for twin in velora_layers(network).values())
     kept = [measure_saved_bytes(lambda each=each: each(**batch).loss) for each in (full, network)]

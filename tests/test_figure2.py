@@ -139,7 +139,7 @@ def network(request):
     built, _ = build_network(config, config.task.head(config), config.model.preprocessor(config))
     batch = {"input_ids": torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))}
     batch["labels"] = batch["input_ids"].clone()
-    config.activations.calibrate(built, batch)
+    config.activations.calibrate(built, [batch])
     return config, built.train(), batch
 
 

@@ -299,7 +299,7 @@ def test_what_is_computed_again_changes_no_gradient(method):
         merge_heads(network)
         adapters.perturb(network, seed=2)
         batch = random_batch(config, network)
-        config.activations.calibrate(network, batch)
+        config.activations.calibrate(network, [batch])
         network(**batch).loss.backward()
         found[recompute] = {name: p.grad for name, p in adapters.trained(network).items()}
     for gradients in found.values():

@@ -44,7 +44,7 @@ def test_total_equals_the_allocators(case: str) -> None:
     network.train()
     batch = synthetic_batch(config, config.trainer.batch_size)
     batch["input_ids"] = torch.randint(3, 250, batch["input_ids"].shape)  # different words: a mean that is not zero
-    config.activations.calibrate(network, batch)
+    config.activations.calibrate(network, [batch])
     forward = training_loss(network, batch, config)
     forward().backward()
     num_regions = 0 if case != "checkpoint" else network.config.num_hidden_layers

@@ -70,7 +70,7 @@ def test_grouping_by_length_is_the_same_however_a_step_is_divided_and_wherever_i
     data = data_of(Noisy(), lengths=range(12))
     data.start_epoch(4)  # three steps an epoch: this is the second one
     again = [batch["index"] for batch in data.loader()]
-    data.first_step()  # goes back to the first epoch
+    next(data.first_step())  # goes back to the first epoch
     data.start_epoch(4)
     assert [batch["index"] for batch in data.loader()] == again
     assert sorted(itertools.chain(*again)) == list(range(12))
@@ -147,7 +147,7 @@ def test_fetching_leaves_no_trace(examples):
     np.random.seed(5)
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
     data = data_of(examples)
-    first = data.first_step()[0]
+    first = next(data.first_step())
     iterator = iter(data.loader(generator=torch.Generator()))
     assert next(iterator) == first
     list(iterator)
@@ -177,11 +177,11 @@ def test_first_step_is_the_same_however_it_is_divided(examples, micro, processes
     found = []
     for rank in range(processes):
         data = data_of(examples, batch_size=12, micro=micro, rank=rank, num_processes=processes)
-        batches = data.first_step()
+        batches = list(data.first_step())
         assert [len(batch["index"]) for batch in batches] == [micro] * (12 // micro // processes)
         if processes == 1:
             loader = iter(data.loader())
             assert [next(loader) for _ in batches] == batches
         found += [number for batch in batches for number in batch["index"]]
-    whole = data_of(examples, batch_size=12, micro=12).first_step()[0]
+    whole = next(data_of(examples, batch_size=12, micro=12).first_step())
     assert sorted(found) == sorted(whole["index"])

@@ -192,7 +192,7 @@ def test_gradients_over_four_bits_are_those_over_the_dequantised_weights(tmp_pat
     words = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": words, "labels": words}
     for model, config in ((network, four), (plain, lora)):
-        config.activations.calibrate(model, batch)
+        config.activations.calibrate(model, [batch])
         model(**batch).loss.backward()
     for name, parameter in ours.items():
         assert parameter.grad is not None

@@ -127,7 +127,7 @@ def test_a_step_of_every_method(method: str) -> None:
     adapted = method.startswith(("lora", "qlora"))
     config = run(f"method={method}", *(["adapter.targets=[query,key,value,output,gate,up,down]"] if adapted else []))
     network = built(config)
-    config.activations.calibrate(network.train(), batch())
+    config.activations.calibrate(network.train(), [batch()])
     optimizer = config.optimizer.build(network, config)
     losses = []
     for _ in range(3):
@@ -152,7 +152,7 @@ def test_an_adapter_over_four_bits_is_saved_loaded_and_merged(tmp_path: Path) ->
         for name, parameter in network.named_parameters():
             if ".lora_B." in name:
                 parameter.add_(torch.randn_like(parameter) * 0.02)
-        config.activations.calibrate(network, batch())
+        config.activations.calibrate(network, [batch()])
         expected = network.eval()(**batch()).logits
     save_adapter(network, tmp_path)
     again = built(run("method=qlora_velora", "weights.dtype=fp32", "seed=1"))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -151,8 +151,8 @@ class _Watched(Velora):
 
     _look: Callable[[nn.Module], object] = PrivateAttr()
 
-    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
-        super().calibrate(model, *batches)
+    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
+        super().calibrate(model, batches)
         self._look(model)
 
     def after_step(self, model: nn.Module) -> None:

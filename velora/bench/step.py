@@ -172,7 +172,7 @@ class Candidate:
         network = network_without_weights(config).to(wishes.device).train()  # seeded: all points have the same weights
         batch = random_batch(config, network)
         torch.manual_seed(0)
-        config.activations.calibrate(network, batch)
+        config.activations.calibrate(network, [batch])
         optimizer = config.optimizer.build(network, config) if wishes.with_optimizer else None
         return cls(config, network, batch, training_loss(network, batch, config), optimizer)
 

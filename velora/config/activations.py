@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -77,7 +77,7 @@ class Velora(Activations):
         )
         return str(summary)
 
-    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
+    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
         from velora.nn.apply import calibrate
 
         calibrate(model, *batches)

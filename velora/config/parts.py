@@ -17,7 +17,7 @@ import importlib.util
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,7 +160,7 @@ class Activations(Part):
         """Change the network in place; returns a text for the user (what was changed), or None."""
         return None
 
-    def calibrate(self, model: nn.Module, *batches: dict[str, Any]) -> None:
+    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> None:
         """Called once, with the micro-batches of the first step, before a fresh (not resumed) run makes it."""
 
     def pretend_calibrated(self, model: nn.Module) -> None:

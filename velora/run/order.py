@@ -196,16 +196,19 @@ class TrainingData:
             return DataLoader(self.dataset, batch_size=self.micro_batch_size, collate_fn=self.collate, **options)
         return DataLoader(self.dataset, batch_sampler=self.batches, collate_fn=self.collate, **options)
 
-    def first_step(self) -> list[Any]:
-        """The micro-batches that this process trains on in the first step."""
+    def first_step(self) -> Iterator[Any]:
+        """The micro-batches that this process trains on in the first step; each is made when it is asked for."""
         if self.batches is not None:
             self.start_epoch(0)
-            of_step = itertools.islice(self.batches, self.batches.rounds_of_first_step)
-            return [self.collate(self.dataset.__getitems__(keys)) for keys in of_step]  # type: ignore[attr-defined]
-        size = self.micro_batch_size
-        examples = list(itertools.islice(iter(self.dataset), self.batch_size))  # type: ignore[arg-type]
-        starts = range(self.rank * size, len(examples), self.num_processes * size)
-        return [self.collate(examples[start : start + size]) for start in starts]
+            for keys in itertools.islice(self.batches, self.batches.rounds_of_first_step):
+                yield self.collate(self.dataset.__getitems__(keys))  # type: ignore[attr-defined]
+            return
+        stream = itertools.islice(iter(self.dataset), self.batch_size)  # type: ignore[arg-type]
+        number = 0
+        while part := list(itertools.islice(stream, self.micro_batch_size)):
+            if number % self.num_processes == self.rank:
+                yield self.collate(part)
+            number += 1
 
     def start_epoch(self, step: int) -> None:
         """Order the examples for the epoch that begins at, or contains, optimiser step `step`."""

@@ -66,7 +66,7 @@ def timed_steps(config: Config, device: torch.device, num_steps: int = NUM_STEPS
     with torch.device(device):
         network = network_without_weights(config).to(device).train()
     batches = [random_batch(config, network) for _ in range(config.trainer.accumulation_steps)]
-    config.activations.calibrate(network, *batches)
+    config.activations.calibrate(network, batches)
     optimizer = config.optimizer.build(network, config)
     losses = [training_loss(network, batch, config) for batch in batches]
 

@@ -109,12 +109,13 @@ def train_phase(
 
 
 @torch.no_grad()
-def prepare(network: nn.Module, step: list[dict[str, Any]], config: Config, figures: Figures) -> None:
+def prepare(network: nn.Module, step: Iterator[dict[str, Any]], config: Config, figures: Figures) -> None:
     """Before the first step: calibrate the activations axis on all its micro-batches, so that the directions do not depend on how
     it is divided, and count what autograd keeps of the first one. Leaves no trace in random numbers or buffers.
     """
     device = figures.device
-    batch, *more = (send_to_device(each, device) for each in step)
+    batches = (send_to_device(each, device) for each in step)
+    batch = next(batches)
     network.train()
     loss = training_loss(network, batch, config)
     with (
@@ -122,7 +123,7 @@ def prepare(network: nn.Module, step: list[dict[str, Any]], config: Config, figu
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         autocast_as(autocast_dtype(config), device),
     ):
-        config.activations.calibrate(network, batch, *more)
+        config.activations.calibrate(network, itertools.chain([batch], batches))
     if not config.trainer.measure_memory:
         return
     with gathered_outside_blocks(network), without_a_trace(network), torch.enable_grad():
