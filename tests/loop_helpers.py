@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from text_helpers import composed
+from two_processes import run_in_two_processes
 
 import velora
 from velora.config.parts import Phase
@@ -63,23 +60,8 @@ def curve(config):
 
 def train_in_two_processes(runs: dict[str, list[str]], folder: Path) -> None:
     """Two gloo processes under torchrun's environment, all runs in one start, into <folder>/two/<name>."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (folder / "runs.json").write_text(json.dumps(runs))
-    worker = Path(__file__).parent / "loop_worker.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error[-3000:]
+    run_in_two_processes("loop_worker.py", folder)
 
 
 PHASE = Phase("train", None, {"": None})

@@ -9,10 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +17,7 @@ import torch
 from loop_helpers import LLAMA, ROBERTA, config_of, lines_of, steps_of, train
 from safetensors.torch import load_file
 from torch import nn
+from two_processes import run_in_two_processes
 
 from velora.config.optimizer import LOMO, Adafactor, AdamW, AdamW8bit, FLoRA, GaLore, Grass
 from velora.config.run import Config, differing_keys
@@ -53,22 +50,7 @@ def two(tmp_path_factory) -> Path:
     for name, overrides in {"fsdp": [*WHOLE, *FSDP], "ddp": WHOLE, "adapter": [*ADAPTER, *FSDP]}.items():
         runs |= {f"{name} whole": (overrides, None), f"{name} broken": (overrides, 3)}
     (folder / "runs.json").write_text(json.dumps(runs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker = Path(__file__).parent / "sharding_worker.py"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(folder)],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "VELORA_TRACEBACK": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        error = process.communicate(timeout=600)[1]
-        assert process.returncode == 0, error[-3000:]
+    run_in_two_processes("sharding_worker.py", folder, timeout=600, VELORA_TRACEBACK="1")
     return folder / "two"
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
+from two_processes import run_in_two_processes
 
 from velora import apply_lean, apply_velora, calibrate, remove_velora
 from velora.nn.scale_shift import ScaleShift
@@ -146,20 +143,7 @@ def test_bytes_between_the_stages(velora):
 def folder(tmp_path_factory) -> Path:
     """The gradients that two processes have left there, schedule by schedule."""
     folder = tmp_path_factory.mktemp("pipeline")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "pipeline_worker.py"), str(folder)],
-            env={**common, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in processes:
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error[-3000:]
+    run_in_two_processes("pipeline_worker.py", folder)
     return folder
 
 
