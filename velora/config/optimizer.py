@@ -40,6 +40,10 @@ def layerwise_problems(setting: str, config: Config) -> Iterator[str]:
         )
 
 
+ONE_DIRECTION = (
+    "optimizer.factored=true with activations.init=running_average: the moments of a factor hold for one direction; "
+    "use activations.init=fixed_average, svd or random, or set optimizer.factored=false"
+)
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -232,10 +236,7 @@ class Grass(LowRankOptimizer):
                 "use activations=velora, or set optimizer.factored=false"
             )
         elif getattr(config.activations, "init", None) == "running_average":
-            yield (
-                "optimizer.factored=true with activations.init=running_average: the moments of a factor hold for one "
-                "direction; use activations.init=fixed_average, svd or random, or set optimizer.factored=false"
-            )
+            yield ONE_DIRECTION
         if not self.layerwise:
             yield (
                 "optimizer.factored=true with optimizer.layerwise=false: factors are handed over inside the backward pass; set "

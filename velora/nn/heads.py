@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.projection import scaled_direction, sum_over_tokens
+from velora.nn.projection import factored_gradient
 from velora.nn.recipe import stand_in
 from velora.nn.split_backward import Gradients, wanted, weight_gradients
-from velora.nn.surroundings import autocast_dtype, cast, cast_type
+from velora.nn.surroundings import cast
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -85,11 +85,7 @@ class VeloraHeadsLinear(VeloraTwin, HeadsLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.compresses():
             return products(x, self.weight, None, None)
-        self.observe(x)
-        dtype = autocast_dtype(x.device)
-        with torch.no_grad():
-            z = self.codes(x, cast_type(x, dtype))
-        return self.product(_Heads, products, cast(x, dtype), z, dtype)
+        return self.with_codes(_Heads, products, x)
 
 
 class _Heads(torch.autograd.Function):
@@ -130,10 +126,4 @@ def _gradients(
     dy: Tensor, codes: Tensor, weight: Tensor, direction: Tensor, scale: float, of_weight: bool, bias_dtype: None
 ) -> Gradients:
     """dA (H, R, D) of dy (H, n, R) and the codes (H, n, G); there is no bias."""
-    if not of_weight:
-        return None, None
-    c = sum_over_tokens(dy, codes)  # (H, R, G)
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    v = scaled_direction(codes, direction, scale)  # (S)
-    torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (H, R, G, S), rounded as it is written
-    return dw, None
+    return factored_gradient(dy, codes, direction, scale, weight) if of_weight else None, None

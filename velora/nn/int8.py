@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from velora.nn.first_order import first_order
 from velora.nn.grouped import GROUP_SIZE, Grouped, dequantise, quantise
 from velora.nn.linear import VeloraLinear
-from velora.nn.recipe import Product, forward_may_stop, linear, sources_of, stand_in
+from velora.nn.recipe import Product, forward_may_stop, linear, linear_gradients, sources_of, stand_in
 from velora.nn.split_backward import wanted
 from velora.nn.surroundings import autocast_dtype, cast_type
 
@@ -177,17 +177,14 @@ class _Int8Linear(torch.autograd.Function):
     @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         sources = ctx.saved_tensors
-        dx = dw = db = None
-        needed = wanted(ctx)
-        dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        if needed[0]:
-            dx = (dy @ ctx.layer.dense(dy.dtype)).view(*grad_output.shape[:-1], -1).to(ctx.dtype)
-        if needed[1]:
-            x = sources[0] if ctx.making is None else ctx.making.make(*sources)
-            dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(ctx.layer.weight.dtype)
-        if needed[2]:
-            db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, *(None for _ in range(len(sources) + 4))
+        dtypes = (ctx.dtype, ctx.layer.weight.dtype, ctx.bias_dtype)
+
+        def make() -> Tensor:
+            return sources[0] if ctx.making is None else ctx.making.make(*sources)
+
+        return *linear_gradients(wanted(ctx), grad_output, ctx.layer.dense, make, dtypes), *(
+            None for _ in range(len(sources) + 4)
+        )
 
 
 class VeloraInt8Linear(VeloraLinear, Int8Linear):

@@ -28,6 +28,7 @@ from velora.nn.recipe import (
     forward_may_stop,
     leave_recipe,
     linear,
+    linear_gradients,
     recipe_of,
     sources_of,
     stand_in,
@@ -96,17 +97,11 @@ class _Linear(torch.autograd.Function):
     @first_order(NO_SECOND_DERIVATIVE)
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         weight, *sources = ctx.saved_tensors
-        dx = dw = db = None
-        needed = wanted(ctx)
-        dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
-        if needed[0]:
-            dx = (dy @ weight.to(dy.dtype)).view(*grad_output.shape[:-1], -1).to(ctx.dtype)
-        if needed[1]:
-            x = ctx.making.make(*sources)
-            dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(weight.dtype)
-        if needed[2]:
-            db = dy.sum(0).to(ctx.bias_dtype)
-        return dx, dw, db, *(None for _ in range(len(sources) + 3))
+        dtypes = (ctx.dtype, weight.dtype, ctx.bias_dtype)
+        make = partial(ctx.making.make, *sources)
+        return *linear_gradients(wanted(ctx), grad_output, weight.to, make, dtypes), *(
+            None for _ in range(len(sources) + 3)
+        )
 
 
 class LeanRMSNorm:

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from velora.nn.first_order import first_order
-from velora.nn.projection import scaled_direction, sum_over_tokens
+from velora.nn.projection import factored_gradient, scaled_direction
 from velora.nn.recipe import linear, stand_in
 from velora.nn.split_backward import Gradients, wanted, weight_gradients
-from velora.nn.surroundings import autocast_dtype, cast, cast_type
+from velora.nn.surroundings import cast_type
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -52,12 +52,8 @@ class VeloraLinear(VeloraTwin, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.compresses():
             return self.plain_class.forward(self, input)
-        self.observe(input)
-        dtype = autocast_dtype(input.device)
-        with torch.no_grad():
-            z = self.codes(input, cast_type(input, dtype))
         taker = None if torch.compiler.is_compiling() else self.factor_taker
-        return self.product(_Linear, self.compute, cast(input, dtype), z, dtype, taker, self.dense)
+        return self.with_codes(_Linear, self.compute, input, taker, self.dense)
 
 
 class _Linear(torch.autograd.Function):
@@ -116,9 +112,6 @@ def _gradients(
 ) -> Gradients:
     """dW (M, D) and db (M); the latter in its dtype, or None. No dW where `taker` accepts dy, z and v in its place."""
     dw = None
-    v = scaled_direction(z, direction, scale)  # (S)
-    if of_weight and not (taker is not None and taker(dy, z, v)):
-        c = sum_over_tokens(dy, z)  # (M, G)
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        torch.mul(c.unsqueeze(-1), v, out=dw.view(*c.shape, -1))  # (M, G, S), rounded as it is written
+    if of_weight and not (taker is not None and taker(dy, z, scaled_direction(z, direction, scale))):
+        dw = factored_gradient(dy, z, direction, scale, weight)
     return dw, None if bias_dtype is None else dy.sum(0).to(bias_dtype)

@@ -119,6 +119,14 @@ def sum_over_tokens(a: Tensor, b: Tensor) -> Tensor:
         return total
 
 
+def factored_gradient(dy: Tensor, z: Tensor, direction: Tensor, scale: float, weight: Tensor) -> Tensor:
+    """dW = scale (C ⊗ v), C = dyᵀ z, like `weight` (..., M, D): dy (..., N, M), z (..., N, G), v (S); rounded as it is written."""
+    c = sum_over_tokens(dy, z)  # (..., M, G)
+    dw = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    torch.mul(c.unsqueeze(-1), scaled_direction(z, direction, scale), out=dw.view(*c.shape, -1))  # (..., M, G, S)
+    return dw
+
+
 class SubTokenStatistics:
     """Sums over sub-tokens from which a direction is computed; they add up over batches and ranks.
 

@@ -140,6 +140,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | 
     return F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
 
 
+def linear_gradients(
+    needed: tuple[bool, ...],
+    grad_output: Tensor,
+    dense: Callable[[torch.dtype], Tensor],
+    make: Callable[[], Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x (..., D), W (M, D) and b (M) in y = x Wᵀ + b, as far as they are needed and in their `dtypes`.
+
+    `dense` makes the weight in a dtype, `make` the input, each where its product asks for it.
+    """
+    dx = dw = db = None
+    dy = grad_output.reshape(-1, grad_output.shape[-1])  # (N, M)
+    if needed[0]:
+        dx = (dy @ dense(dy.dtype)).view(*grad_output.shape[:-1], -1).to(dtypes[0])
+    if needed[1]:
+        x = make()
+        dw = (dy.T @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).to(dtypes[1])
+    if needed[2]:
+        db = dy.sum(0).to(dtypes[2])
+    return dx, dw, db
+
+
 def stand_in(x: Tensor, *shape: int) -> Tensor:
     """A tensor of this shape without memory, of the type and on the device of x, in place of a layer's output."""
     return x.new_empty(()).expand(shape)

@@ -21,7 +21,7 @@ from velora.nn.first_order import first_order
 from velora.nn.projection import scaled_direction, sum_over_tokens
 from velora.nn.recipe import stand_in
 from velora.nn.split_backward import Gradients, wanted, weight_gradients
-from velora.nn.surroundings import autocast_dtype, cast, cast_type
+from velora.nn.surroundings import cast
 from velora.nn.twin import NO_SECOND_DERIVATIVE, VeloraTwin
 
 
@@ -37,11 +37,7 @@ class VeloraTransposedLinear(VeloraTwin, Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         if not self.compresses():
             return super().forward(x)
-        self.observe(x)
-        dtype = autocast_dtype(x.device)
-        with torch.no_grad():
-            z = self.codes(x, cast_type(x, dtype))
-        return self.product(_TransposedLinear, _product, cast(x, dtype), z, dtype)
+        return self.with_codes(_TransposedLinear, _product, x)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -21,6 +21,7 @@ from torch.utils.weak import TensorWeakRef
 
 from velora.nn.projection import INITS, SubTokenStatistics, compress, random_direction, split_width
 from velora.nn.recipe import Product, forward_is_repeated, forward_may_stop
+from velora.nn.surroundings import autocast_dtype, cast, cast_type
 
 MOMENTUM = 0.1
 """Weight of the newest step in the running average, as in nn.BatchNorm; the paper does not state one."""
@@ -118,6 +119,14 @@ class VeloraTwin(nn.Module):
         if self.deferred is None or torch.compiler.is_compiling() or not self.weight.is_leaf:
             return None
         return partial(self.deferred.put, self)
+
+    def with_codes(self, function: Any, compute: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+        """`product` of an input as the module got it: statistics are taken, codes computed, and it is cast as autocast does."""
+        self.observe(x)
+        dtype = autocast_dtype(x.device)
+        with torch.no_grad():
+            z = self.codes(x, cast_type(x, dtype))
+        return self.product(function, compute, cast(x, dtype), z, dtype, *more)
 
     def product(
         self: Any, function: Any, compute: Callable[..., Tensor], x: Tensor, z: Tensor, dtype: Any, *more: Any

@@ -94,7 +94,7 @@ class GrassAdamW(GaLoreAdamW):
             return None
         refuse_sharded(gradient)
         state = self.state[p]
-        if first and ("rows" not in state or state.get("step", 0) >= group["update_gap"]):
+        if first and self._is_due(p, group):
             self._pick_anew(p, gradient, group)
         picked = gradient.index_select(0, state["rows"])  # R x D
         return picked.mul_(state["rho"]) if "rho" in state else picked
@@ -107,6 +107,11 @@ class GrassAdamW(GaLoreAdamW):
         p.mul_(1 - lr * group["weight_decay"])
         # the copies of a row that was drawn twice are equal, so the order in which a GPU adds them changes nothing
         p.index_add_(0, state["rows"], normalized.to(p.dtype), alpha=-lr * group["scale"] * correction)
+
+    def _is_due(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether this step picks rows."""
+        state = self.state[p]
+        return "rows" not in state or state.get("step", 0) >= group["update_gap"]
 
     def _pick_anew(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velora.config.optimizer import ONE_DIRECTION
 from velora.errors import ConfigError
 from velora.nn.linear import VeloraLinear
 from velora.nn.projection import sum_over_tokens
@@ -57,10 +58,7 @@ class FactoredGrassAdamW(GrassAdamW):
                 "optimizer.layers and activations.layers, or set optimizer.factored=false"
             )
         if any(twin.init == "running_average" for twin in twins):
-            raise ConfigError(
-                "optimizer.factored=true with activations.init=running_average: the moments of a factor hold for one direction; "
-                "use activations.init=fixed_average, svd or random, or set optimizer.factored=false"
-            )
+            raise ConfigError(ONE_DIRECTION)
         shared = [twin for twin in twins if sum(twin.weight is other.weight for other in twins) > 1]
         if shared:
             raise ConfigError(
@@ -93,7 +91,7 @@ class FactoredGrassAdamW(GrassAdamW):
             self._squared_norms.append(sum_over_tokens(dy, z).square().sum() * v.square().sum())
             return True
         group, state = self.param_groups[self._group_of[p]], self.state[p]
-        picks = p not in self._arrivals and ("rows" not in state or state.get("step", 0) >= group["update_gap"])
+        picks = p not in self._arrivals and self._is_due(p, group)
         num_rows = dy.shape[1] if picks else group["rank"]
         _, count = self._arrival(p, num_rows * z.shape[1] * torch.promote_types(z.dtype, torch.float32).itemsize)
         if picks:

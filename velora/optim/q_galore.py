@@ -73,24 +73,10 @@ class QGaLoreAdamW(GaLoreAdamW):
         *,
         bits: int = 8,
         int8: Mapping[Tensor, Int8Linear] | None = None,
-        layerwise: bool = False,
-        accumulation_steps: int = 1,
-        max_grad_norm: float | None = None,
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         self.int8 = dict(int8 or {})
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            bits=bits,
-            layerwise=layerwise,
-            accumulation_steps=accumulation_steps,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, bits=bits, **options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
